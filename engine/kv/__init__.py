@@ -1,0 +1,1 @@
+"""KV memory: its layout, who owns each block, and which blocks hold which tokens."""

@@ -1,0 +1,255 @@
+"""What crosses between a worker's network process and its rank: frozen msgspec messages over shared-memory rings.
+
+Commands go down (network -> rank) and take effect at the next step boundary; aborts have a ring of their own and are
+read first, so they overtake prompts. Events go up: at most one `StepEvents` per step, which carries everything that
+the step caused. The same messages drive the engine in one process (`LLM`, the virtual-clock cluster), unencoded.
+
+Life cycle of a request that pulls its prompt's KV (owner of the target blocks: the rank's block manager):
+
+    Probe -> Probed                 how much of the prompt the prefix cache holds now (nothing is pinned)
+    Reserve -> Reserved | NoSpace   all blocks of the prompt at once; matched ones READY, the others LOADING
+    Commit* ->                      blocks whose copy finished and whose checksum passed become READY (and cached)
+    PullClosed ->                   no copy will write any more: the request runs from num_computed_tokens on
+    Abort   ->                      while a pull is open its LOADING blocks turn QUARANTINED until PullClosed
+A request without a pull is one `Add`. Further choices of the same prompt are `Add`s after the first one's PullClosed:
+they hit the prefix cache.
+
+Life cycle of a served call (this worker is the source):
+
+    Serve -> Serving | ServeBusy ; ServedPiece* ; ServeDone (all offered, still pinned) ; EndServe -> (unpinned)
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.request import FinishReason, SamplingParams
+from engine.scheduler.batch import TokenLogprobs
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Base of all messages: encoded as arrays whose first element is the class name."""
+
+
+class Add(_Message):
+    """Run a request. `prompt` and `outputs` are int32 little-endian token ids; outputs come from an earlier attempt."""
+
+    request_id: str
+    prompt: bytes
+    params: SamplingParams
+    seed: int
+    choice: int = 0
+    outputs: bytes = b""
+    cache_salt: bytes = b""
+
+
+class Probe(_Message):
+    """Ask how many tokens of `tokens` (int32 le) the prefix cache holds. Answered by Probed."""
+
+    request_id: str
+    tokens: bytes
+    cache_salt: bytes = b""
+
+
+class Reserve(_Message):
+    """Allocate every block of the request's known tokens for a pull. Answered by Reserved or NoSpace."""
+
+    add: Add
+
+
+class Commit(_Message):
+    """Blocks [first_block, first_block + len(checksums)) of the request's table landed and their checksums passed."""
+
+    request_id: str
+    first_block: int
+    checksums: tuple[int, ...]
+
+
+class PullClosed(_Message):
+    """All copies of this pull have reached their terminal state. Tokens [0, num_computed_tokens) hold valid KV."""
+
+    request_id: str
+    num_computed_tokens: int
+
+
+class Abort(_Message):
+    """Drop a request now, whatever its state. Unknown ids are ignored (it may have finished)."""
+
+    request_id: str
+
+
+class Serve(_Message):
+    """Compute and pin the KV of tokens[:end] for a peer, offering from `start` on; compute at most max_compute_tokens.
+
+    `start` is a multiple of the block size. max_compute_tokens -1 means as many as it takes.
+    """
+
+    call_id: str
+    tokens: bytes
+    start: int
+    end: int
+    max_compute_tokens: int = -1
+    cache_salt: bytes = b""
+
+
+class EndServe(_Message):
+    """The call ended (success, cancel, deadline, broken connection: all the same): unpin."""
+
+    call_id: str
+
+
+class Shutdown(_Message):
+    """Leave the engine loop after the current step."""
+
+
+Command = Add | Probe | Reserve | Commit | PullClosed | Abort | Serve | EndServe | Shutdown
+
+
+class Probed(_Message):
+    request_id: str
+    num_cached_tokens: int
+
+
+class Reserved(_Message):
+    """The request's block table: block i holds tokens [i * block_size, ...). The first num_cached_tokens are READY."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    num_cached_tokens: int
+
+
+class NoSpace(_Message):
+    """Not enough free blocks now. `never` when even an empty pool would not do."""
+
+    request_id: str
+    never: bool = False
+
+
+class Serving(_Message):
+    """Accepted: KV of [0, cached_tokens) is present, [.., end_tokens) will be; queued_tokens are ahead of it.
+
+    end_tokens may be below the asked end when max_compute_tokens is short. `started` in later news: compute has begun.
+    """
+
+    call_id: str
+    cached_tokens: int
+    end_tokens: int
+    queued_tokens: int
+
+
+class ServeBusy(_Message):
+    """The source cannot take the call: its quota of served blocks or calls is used up, or (never) it would never fit."""
+
+    call_id: str
+    never: bool = False
+
+
+class ServedPiece(_Message):
+    """Blocks ready to be read: entries first_block.. of the sequence, ending at token end_tokens.
+
+    The last block is partial when end_tokens is not a multiple of the block size; its checksum is then over the
+    valid tokens only (KVMemory.partial, C order).
+    """
+
+    call_id: str
+    first_block: int
+    block_ids: tuple[int, ...]
+    checksums: tuple[int, ...]
+    end_tokens: int
+
+
+class ServeDone(_Message):
+    """Every piece has been offered. Blocks stay pinned until EndServe."""
+
+    call_id: str
+
+
+class NewTokens(_Message):
+    """Tokens of one request from one step. `first_position` counts outputs from 0 (outputs of earlier attempts too).
+
+    A request ends with exactly one message that has a finish_reason; `error` is a catalogue code if it failed.
+    """
+
+    request_id: str
+    first_position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+
+
+class ServeProgress(_Message):
+    """News of a served call: tokens computed so far, tokens ahead of it in the queue."""
+
+    call_id: str
+    computed_tokens: int
+    queued_tokens: int
+
+
+class Load(_Message):
+    """The rank's load after a step; rides on every heartbeat."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_served: int = 0
+    queued_tokens: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_referenced_blocks: int = 0
+    num_quarantined_blocks: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+class StepEvents(_Message):
+    """Everything one step caused. `num_tokens` 0 means only commands were answered."""
+
+    step: int
+    num_tokens: int
+    replies: tuple[
+        Probed | Reserved | NoSpace | Serving | ServeBusy | ServeProgress | ServedPiece | ServeDone, ...
+    ] = ()
+    tokens: tuple[NewTokens, ...] = ()
+    load: Load = msgspec.field(default_factory=Load)
+
+
+class RankReady(_Message):
+    """The first message up: how to map the KV memory, and what this engine is."""
+
+    kv_path: str
+    kv_nonce: bytes
+    num_blocks: int
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    kv_dtype: str
+    identity: str
+    numerics_class: str
+    checksum_algorithm: str
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class RankProgress(_Message):
+    """Start-up news. stage: "load", "warmup". done/total in bytes for load, in shapes for warm-up."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class RankFailed(_Message):
+    """The rank cannot go on; it exits after this. `message` is for people."""
+
+    message: str
+
+
+Event = StepEvents | RankReady | RankProgress | RankFailed
