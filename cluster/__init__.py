@@ -1,0 +1,1 @@
+"""Everything between processes: router, workers, transfer, registry, control, command line."""

@@ -1,0 +1,75 @@
+"""What the dispatcher (router/dispatch.py) wants done. Pure like the worker's machines; see cluster/worker/effects.py.
+
+Dispatcher
+  on_submit(now, Submit)                     a validated, admitted, tokenised request
+  on_cancel(now, request_id)                 the client left, a stop string matched, the deadline passed
+  on_worker_up(now, WorkerInfo)              the link said Welcome
+  on_worker_down(now, worker_id)             the link broke
+  on_heartbeat(now, Heartbeat)
+  on_entries(now, worker_id, tuple[Entry, ...])
+  on_timer(now); next_timer() -> seconds | None
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.types import Path, RouterMessage, Stage, Tokens
+from engine.request import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submit:
+    """A request as the HTTP side hands it over. `deadline` is monotonic seconds; one seed per choice."""
+
+    request_id: str
+    prompt: bytes
+    params: SamplingParams
+    seeds: tuple[int, ...]
+    deadline: float
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToWorker:
+    """Send a message down the link of a worker."""
+
+    worker_id: str
+    message: RouterMessage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deliver:
+    """Accepted tokens of one choice, each position exactly once and in order."""
+
+    tokens: Tokens
+    path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """News for people and for the SSE comment line."""
+
+    request_id: str
+    stage: Stage
+    worker_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The request is over: every choice finished (code None), or it failed with a code of the catalogue. Sent once."""
+
+    request_id: str
+    code: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropLink:
+    """This worker is not to be trusted any more (silent or hung): break its link and connect anew."""
+
+    worker_id: str
+    reason: str
+
+
+RouterEffect = ToWorker | Deliver | Progress | Ended | DropLink

@@ -1,0 +1,262 @@
+"""What the parts of the cluster say to each other, as frozen dataclasses.
+
+Protobuf exists only on the wire; cluster/rpc/convert.py is the one place that turns these into it and back. The state
+machines (router/dispatch.py, worker/decode.py, worker/prefill.py) take and return these and nothing else, so they run
+unchanged over gRPC and under the virtual clock. Times `now` are seconds of a monotonic clock; the wire carries only
+remaining milliseconds. Token ids are int32 little-endian bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.config import Role
+from engine.messages import Load
+from engine.request import FinishReason, SamplingParams
+from engine.scheduler.batch import TokenLogprobs
+
+WorkerState = Literal["starting", "ready", "draining", "switching", "verifying", "failed"]
+Transport = Literal["local", "grpc"]
+Path = Literal["prefill-decode", "decode-only", "prefill-decode+local"]
+Stage = Literal["queued", "prefilling", "transferring", "waiting"]
+
+HEARTBEAT_S = 0.5  # workers send one this often, on every link
+NEWS_S = 0.5  # a source sends news at least this often
+SILENCE_S = 2.0  # no news for this long: the peer is suspected
+OBSERVER_LAG_S = 1.0  # an observer that itself slept longer than this resets its timers first
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """What a worker is; see WorkerInfo in proto/messages.proto for every field."""
+
+    worker_id: str
+    incarnation: str
+    epoch: int
+    role: Role
+    state: WorkerState
+    address: str
+    model: str = ""
+    identity: str = ""
+    kv_fingerprint: str = ""
+    numerics_class: str = ""
+    block_size: int = 16
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    vocab_size: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    pool: str = ""
+    node: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRef:
+    """A worker that may be asked for KV. max_compute_tokens: -1 all it takes, 0 only what it holds."""
+
+    worker_id: str
+    incarnation: str
+    address: str
+    max_compute_tokens: int = -1
+
+
+# ---- the link, router -> worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One continuation of a prompt; `outputs` were accepted from earlier attempts."""
+
+    index: int
+    seed: int
+    outputs: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """A request, or its continuation, for one decode worker (named by incarnation and epoch)."""
+
+    request_id: str
+    attempt: int
+    incarnation: str
+    epoch: int
+    prompt: bytes
+    choices: tuple[Choice, ...]
+    params: SamplingParams
+    remaining_ms: int
+    sources: tuple[SourceRef, ...] = ()
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbortRequest:
+    """Drop a request. Overtakes prompts."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """The router no longer needs what a moved request left behind."""
+
+    request_id: str
+    attempt: int
+
+
+RouterMessage = Dispatch | AbortRequest | Release
+
+# ---- the link, worker -> router
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """New tokens of one choice. `position` counts outputs from 0. `path` comes with the first tokens of an attempt."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    num_cached_tokens: int = 0
+    path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """Where a request stands before its first token."""
+
+    request_id: str
+    attempt: int
+    stage: Stage
+    computed_tokens: int = 0
+    queue_ms: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The attempt is over at this worker. `code` is of cluster/errors.py, or "refused" / "busy": dispatch again."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str = ""
+
+
+Entry = Tokens | News | Failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """Sent by the I/O side of a worker, engine hung or not. step_age_ms is 0 when no step runs."""
+
+    info: WorkerInfo
+    load: Load = field(default_factory=Load)
+    step_count: int = 0
+    step_age_ms: int = 0
+
+
+# ---- KVSource.Fetch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOpen:
+    """First message of a call; see proto/kv_source.proto."""
+
+    call_id: str
+    request_id: str
+    attempt: int
+    source_incarnation: str
+    receiver_id: str
+    receiver_incarnation: str
+    identity: str
+    kv_fingerprint: str
+    tokens: bytes
+    start: int
+    end: int
+    max_compute_tokens: int
+    remaining_ms: int
+    cache_salt: bytes = b""
+    transports: tuple[Transport, ...] = ("local", "grpc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalMemory:
+    """The source's KV memory for a same-host receiver (engine/kv/memory.py)."""
+
+    path: str
+    nonce: bytes
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchAccepted:
+    cached_tokens: int
+    end_tokens: int
+    queue_ms: int
+    transport: Transport
+    local: LocalMemory | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchBusy:
+    retry_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchMoved:
+    to: SourceRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchRefused:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchNews:
+    computed_tokens: int
+    queue_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some blocks of the sequence, ready to be read. Fenced by (call_id, source_incarnation); one checksum per block.
+
+    The machines make it without payload; the gRPC connector fills `payload` in at the source.
+    """
+
+    call_id: str
+    source_incarnation: str
+    index: int
+    first_block: int
+    end_tokens: int
+    num_layers: int
+    dtype: str
+    shape: tuple[int, ...]
+    checksum_algorithm: str
+    checksums: tuple[int, ...]
+    block_ids: tuple[int, ...] = ()
+    payload: bytes = b""
+    first_layer: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOfferedAll:
+    """Every piece was sent. The blocks stay pinned until the receiver ends the call."""
+
+
+FetchReply = FetchAccepted | FetchBusy | FetchMoved | FetchRefused | FetchNews | Piece | FetchOfferedAll
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchTaken:
+    """All pieces up to this index have landed at the receiver."""
+
+    call_id: str
+    piece_index: int

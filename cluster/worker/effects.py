@@ -1,0 +1,96 @@
+"""What the worker's state machines want done. The shell (worker/service.py over gRPC, sim/ on the virtual clock) does it.
+
+The machines are pure: each call takes `now` (monotonic seconds) and a message and returns effects, in order.
+
+    DecodeMachine (worker/decode.py)                        PrefillMachine (worker/prefill.py)
+      on_dispatch(now, link_id, Dispatch)                     on_fetch(now, FetchOpen)
+      on_abort(now, link_id, AbortRequest)                    on_taken(now, FetchTaken)
+      on_release(now, link_id, Release)                       on_call_broken(now, call_id)   (also: the receiver closed)
+      on_link_broken(now, link_id)                            on_events(now, StepEvents)
+      on_events(now, StepEvents)                              on_timer(now)
+      on_fetch_reply(now, call_id, FetchReply)                next_timer() -> seconds | None
+      on_fetch_broken(now, call_id)   (ended by the source or the network)
+      on_copied(now, copy_id, ok)
+      on_timer(now); next_timer() -> seconds | None
+Both see every StepEvents and pick what is theirs by request id or call id. Unknown ids are late news: ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.types import Entry, FetchOpen, FetchReply, FetchTaken, Piece, SourceRef
+from engine.messages import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToEngine:
+    """Send a command to the rank."""
+
+    command: Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendEntry:
+    """Put an entry into a router's outbox (coalesced: one message per engine step)."""
+
+    link_id: str
+    entry: Entry
+
+
+# ---- receiver side
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenFetch:
+    """Call KVSource.Fetch at `source`."""
+
+    source: SourceRef
+    open: FetchOpen
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendTaken:
+    """Tell the source which pieces have landed."""
+
+    taken: FetchTaken
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloseFetch:
+    """End the call from our side, whatever its state. No on_fetch_* for it arrives after this."""
+
+    call_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartCopy:
+    """Copy a piece into our blocks and verify its checksums; ends in exactly one on_copied(copy_id, ok), however late.
+
+    target_block_ids[i] takes the piece's i-th block; -1: skip that block (we hold it already).
+    """
+
+    copy_id: int
+    piece: Piece
+    target_block_ids: tuple[int, ...]
+
+
+# ---- source side
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendFetch:
+    """Send a reply on a served call (the connector adds payload to pieces)."""
+
+    call_id: str
+    reply: FetchReply
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndCall:
+    """End a served call from our side (after Busy, Moved, Refused, or when the receiver is cut off)."""
+
+    call_id: str
+
+
+Effect = ToEngine | SendEntry | OpenFetch | SendTaken | CloseFetch | StartCopy | SendFetch | EndCall
