@@ -31,7 +31,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=T
     """Base of all messages: encoded as arrays whose first element is the class name."""
 
 
-class Add(_Message):
+class Add(_Message, frozen=True):
     """Run a request. `prompt` and `outputs` are int32 little-endian token ids; outputs come from an earlier attempt."""
 
     request_id: str
@@ -43,7 +43,7 @@ class Add(_Message):
     cache_salt: bytes = b""
 
 
-class Probe(_Message):
+class Probe(_Message, frozen=True):
     """Ask how many tokens of `tokens` (int32 le) the prefix cache holds. Answered by Probed."""
 
     request_id: str
@@ -51,13 +51,13 @@ class Probe(_Message):
     cache_salt: bytes = b""
 
 
-class Reserve(_Message):
+class Reserve(_Message, frozen=True):
     """Allocate every block of the request's known tokens for a pull. Answered by Reserved or NoSpace."""
 
     add: Add
 
 
-class Commit(_Message):
+class Commit(_Message, frozen=True):
     """Blocks [first_block, first_block + len(checksums)) of the request's table landed and their checksums passed."""
 
     request_id: str
@@ -65,20 +65,20 @@ class Commit(_Message):
     checksums: tuple[int, ...]
 
 
-class PullClosed(_Message):
+class PullClosed(_Message, frozen=True):
     """All copies of this pull have reached their terminal state. Tokens [0, num_computed_tokens) hold valid KV."""
 
     request_id: str
     num_computed_tokens: int
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """Drop a request now, whatever its state. Unknown ids are ignored (it may have finished)."""
 
     request_id: str
 
 
-class Serve(_Message):
+class Serve(_Message, frozen=True):
     """Compute and pin the KV of tokens[:end] for a peer, offering from `start` on; compute at most max_compute_tokens.
 
     `start` is a multiple of the block size. max_compute_tokens -1 means as many as it takes.
@@ -92,25 +92,25 @@ class Serve(_Message):
     cache_salt: bytes = b""
 
 
-class EndServe(_Message):
+class EndServe(_Message, frozen=True):
     """The call ended (success, cancel, deadline, broken connection: all the same): unpin."""
 
     call_id: str
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """Leave the engine loop after the current step."""
 
 
 Command = Add | Probe | Reserve | Commit | PullClosed | Abort | Serve | EndServe | Shutdown
 
 
-class Probed(_Message):
+class Probed(_Message, frozen=True):
     request_id: str
     num_cached_tokens: int
 
 
-class Reserved(_Message):
+class Reserved(_Message, frozen=True):
     """The request's block table: block i holds tokens [i * block_size, ...). The first num_cached_tokens are READY."""
 
     request_id: str
@@ -118,14 +118,14 @@ class Reserved(_Message):
     num_cached_tokens: int
 
 
-class NoSpace(_Message):
+class NoSpace(_Message, frozen=True):
     """Not enough free blocks now. `never` when even an empty pool would not do."""
 
     request_id: str
     never: bool = False
 
 
-class Serving(_Message):
+class Serving(_Message, frozen=True):
     """Accepted: KV of [0, cached_tokens) is present, [.., end_tokens) will be; queued_tokens are ahead of it.
 
     end_tokens may be below the asked end when max_compute_tokens is short. `started` in later news: compute has begun.
@@ -137,14 +137,14 @@ class Serving(_Message):
     queued_tokens: int
 
 
-class ServeBusy(_Message):
+class ServeBusy(_Message, frozen=True):
     """The source cannot take the call: its quota of served blocks or calls is used up, or (never) it would never fit."""
 
     call_id: str
     never: bool = False
 
 
-class ServedPiece(_Message):
+class ServedPiece(_Message, frozen=True):
     """Blocks ready to be read: entries first_block.. of the sequence, ending at token end_tokens.
 
     The last block is partial when end_tokens is not a multiple of the block size; its checksum is then over the
@@ -158,13 +158,13 @@ class ServedPiece(_Message):
     end_tokens: int
 
 
-class ServeDone(_Message):
+class ServeDone(_Message, frozen=True):
     """Every piece has been offered. Blocks stay pinned until EndServe."""
 
     call_id: str
 
 
-class NewTokens(_Message):
+class NewTokens(_Message, frozen=True):
     """Tokens of one request from one step. `first_position` counts outputs from 0 (outputs of earlier attempts too).
 
     A request ends with exactly one message that has a finish_reason; `error` is a catalogue code if it failed.
@@ -180,7 +180,7 @@ class NewTokens(_Message):
     num_cached_tokens: int = 0
 
 
-class ServeProgress(_Message):
+class ServeProgress(_Message, frozen=True):
     """News of a served call: tokens computed so far, tokens ahead of it in the queue."""
 
     call_id: str
@@ -188,7 +188,7 @@ class ServeProgress(_Message):
     queued_tokens: int
 
 
-class Load(_Message):
+class Load(_Message, frozen=True):
     """The rank's load after a step; rides on every heartbeat."""
 
     num_running: int = 0
@@ -206,7 +206,7 @@ class Load(_Message):
     generation_tokens: int = 0
 
 
-class StepEvents(_Message):
+class StepEvents(_Message, frozen=True):
     """Everything one step caused. `num_tokens` 0 means only commands were answered."""
 
     step: int
@@ -218,7 +218,7 @@ class StepEvents(_Message):
     load: Load = msgspec.field(default_factory=Load)
 
 
-class RankReady(_Message):
+class RankReady(_Message, frozen=True):
     """The first message up: how to map the KV memory, and what this engine is."""
 
     kv_path: str
@@ -238,7 +238,7 @@ class RankReady(_Message):
     eos_token_ids: tuple[int, ...]
 
 
-class RankProgress(_Message):
+class RankProgress(_Message, frozen=True):
     """Start-up news. stage: "load", "warmup". done/total in bytes for load, in shapes for warm-up."""
 
     stage: str
@@ -246,7 +246,7 @@ class RankProgress(_Message):
     total: int
 
 
-class RankFailed(_Message):
+class RankFailed(_Message, frozen=True):
     """The rank cannot go on; it exits after this. `message` is for people."""
 
     message: str

@@ -15,7 +15,7 @@ SEED_BITS = 63
 
 
 class FinishReason(StrEnum):
-    """Why a request produced its last token. ABORT covers cancels, deadlines and failures (told apart by their error)."""
+    """Why a request produced its last token. ABORT covers cancels, deadlines and failures."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -48,7 +48,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     max_tokens: int | None = 16
@@ -58,10 +58,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_numbers()
         self._check_lists()
 
@@ -83,7 +82,10 @@ class SamplingParams:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
         _check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "<= max_tokens"
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            "<= max_tokens",
         )
         _check(
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
@@ -98,7 +100,9 @@ class SamplingParams:
         for text in self.stop:
             _check(0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_STOP_BYTES, "stop", text[:40], "1..256 bytes")
         _check(len(self.stop_token_ids) <= 64, "stop_token_ids", len(self.stop_token_ids), "at most 64 ids")
-        _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", len(self.logit_bias), f"at most {MAX_LOGIT_BIAS} ids")
+        _check(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", len(self.logit_bias), f"at most {MAX_LOGIT_BIAS} ids"
+        )
         for token, bias in self.logit_bias.items():
             _check(token >= 0, "logit_bias", token, "keyed by token ids")
             _check(math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", bias, "in [-100, 100]")

@@ -1,4 +1,4 @@
-"""What the worker's state machines want done. The shell (worker/service.py over gRPC, sim/ on the virtual clock) does it.
+"""What the worker's state machines want done. The shell (worker/service.py, or sim/ on the virtual clock) does it.
 
 The machines are pure: each call takes `now` (monotonic seconds) and a message and returns effects, in order.
 
