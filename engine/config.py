@@ -1,4 +1,4 @@
-"""Options of one engine. Each option is defined here once; the cluster file and the command line are generated from it."""
+"""Options of one engine, each defined here once; the cluster file and the command line are generated from it."""
 
 from __future__ import annotations
 

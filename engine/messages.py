@@ -138,7 +138,7 @@ class Serving(_Message, frozen=True):
 
 
 class ServeBusy(_Message, frozen=True):
-    """The source cannot take the call: its quota of served blocks or calls is used up, or (never) it would never fit."""
+    """The source cannot take the call: its quota is used up, or (never) it would never fit."""
 
     call_id: str
     never: bool = False
