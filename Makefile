@@ -1,0 +1,60 @@
+# make serve    install into .venv, then start a local cluster (Ray, one prefill worker, one decode worker, the router)
+# make test     install, then run the tests (12 minutes at most); make test-long adds full counts and soaks
+# make check    format, lint, types, layers, sizes; .ci/run calls "make check test"
+# make proto    write the gRPC stubs anew from proto/; make bench runs the benchmark against a cluster of its own
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# names of new packages in one line while pip works, silence when everything is there already
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP_NEWS := awk '/^Collecting/ {printf "%s ", $$2; n++; fflush()} /^(ERROR|error)/ {print} END {if (n) print ""}'
+
+SERVE_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+PROTO_OUT ?= .
+PROTOS := $(patsubst proto/%,cluster/rpc/pb/%,$(wildcard proto/*.proto))
+TYPED := engine cluster neap.py
+
+.PHONY: venv serve test test-long check proto bench
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "neap needs Python 3.11 or newer; $(PYTHON) is older (make PYTHON=/path/to/python3.12 ...)"; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (large, once)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" | $(PIP_NEWS)
+	@echo "installing neap and what it needs"
+	@$(PIP) -e '.[dev]' | $(PIP_NEWS)
+	@touch $@
+
+serve: $(STAMP)
+	@exec $(BIN)/neap serve $(SERVE_ARGS)
+
+test: $(STAMP)
+	timeout --signal=INT --kill-after=30 720 $(BIN)/python -m pytest -m "not long" $(TEST_ARGS)
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_repo.py
+
+proto: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -Icluster/rpc/pb=proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \
+	  --grpc_python_out=$(PROTO_OUT) $(PROTOS)
+
+bench: $(STAMP)
+	$(BIN)/python -m cluster.bench $(BENCH_ARGS)
