@@ -7,13 +7,16 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3.13 || command -v python3)
+# the first Python that is new enough
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # names of new packages in one line while pip works, silence when everything is there already
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-PIP_NEWS := awk '/^Collecting/ {printf "%s ", $$2; n++; fflush()} /^(ERROR|error)/ {print} END {if (n) print ""}'
+PIP_NEWS := awk '/^ *(ERROR|error)/ {bad=1} bad {print; next} /^Collecting/ {printf "%s ", $$2; n++; fflush()} \
+  /^Installing collected/ {printf "\ninstalling them"; fflush()} END {if (n) print ""}'
 
 SERVE_ARGS ?=
 TEST_ARGS ?=
@@ -27,13 +30,12 @@ TYPED := engine cluster neap.py
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "neap needs Python 3.11 or newer; $(PYTHON) is older (make PYTHON=/path/to/python3.12 ...)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "neap needs Python 3.11 or newer: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch (large, once)"
-	@$(PIP) "$$(grep '^torch==' constraints.txt)" | $(PIP_NEWS)
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" 2>&1 | $(PIP_NEWS)
 	@echo "installing neap and what it needs"
-	@$(PIP) -e '.[dev]' | $(PIP_NEWS)
+	@$(PIP) -e '.[dev]' 2>&1 | $(PIP_NEWS)
 	@touch $@
 
 serve: $(STAMP)
