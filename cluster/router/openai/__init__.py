@@ -1,0 +1,1 @@
+"""The OpenAI-style surface: request models, their checks, and error bodies."""
