@@ -6,7 +6,7 @@ per-row state on the device (token table, block table, penalties); a batch carri
     tokens of row r:  [ 0 ......... num_computed | query ............. | not scheduled ]
                         KV present                 KV written this step
     The last query token's logits are sampled where `samples[r]`; the new token's position is num_computed + query_len.
-    A decode query token may not be known on the host yet (one step in flight): the runner reads it from its token table.
+    A decode query token may not be known on the host yet (one step in flight): the runner has it in its token table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IntArray = npt.NDArray[np.int32]
 class RowStart:
     """A request takes (or, after preemption, takes again) a row.
 
-    `token_ids` int32 [n]: prompt, then the outputs known so far. `seed` keys the noise, `choice` is part of its counter.
+    `token_ids` int32 [n]: prompt, then the outputs known so far. `seed` keys the noise, `choice` is in its counter.
     """
 
     row: int

@@ -1,0 +1,95 @@
+"""What happens when a step has completed: KV counts, commits of complete blocks, tokens, stops, pieces of served calls.
+
+kernels done -> num_landed -> complete blocks checksummed and committed (now visible) -> tokens -> served pieces
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.kv.block_manager import BlockState
+from engine.messages import NewTokens
+from engine.request import FinishReason
+from engine.scheduler.batch import Runner, StepResult
+from engine.scheduler.request_book import RequestBook
+from engine.scheduler.request_state import Entry, LaunchedStep, Request, ServedCall
+from engine.scheduler.served import ServedCalls, ServeNews
+
+
+@dataclass(slots=True, kw_only=True)
+class Landed:
+    """What one landed step caused."""
+
+    step: int
+    num_tokens: int
+    tokens: list[NewTokens] = field(default_factory=list)
+    replies: list[ServeNews] = field(default_factory=list)
+
+
+def land_step(
+    launched: LaunchedStep, result: StepResult, book: RequestBook, served: ServedCalls, runner: Runner
+) -> Landed:
+    """Apply one result; rows that were given up meanwhile are dropped."""
+    assert launched.step == result.step, f"step {result.step} lands, step {launched.step} was expected"
+    landed = Landed(step=result.step, num_tokens=sum(entry.query_len for entry in launched.entries))
+    live = [(i, entry) for i, entry in enumerate(launched.entries) if not entry.seat.closed]
+    for _, entry in live:
+        entry.seat.num_landed += entry.query_len
+    commit_complete_blocks([entry for _, entry in live], book, runner)
+    for i, entry in live:
+        if isinstance(entry.owner, ServedCall):
+            landed.replies += served.offer(entry.owner, runner)
+        elif entry.samples:
+            entry.seat.num_sampling -= 1
+            landed.tokens.append(_land_token(entry.owner, i, result, book))
+    book.seats.landed(result.step)
+    return landed
+
+
+def commit_complete_blocks(entries: list[Entry], book: RequestBook, runner: Runner) -> None:
+    """Checksum (one call) and commit every block that these rows have completed."""
+    blocks = book.seats.blocks
+    complete: list[tuple[int, bytes]] = []
+    for entry in entries:
+        end = entry.seat.num_landed // blocks.block_size
+        first = (entry.seat.num_landed - entry.query_len) // blocks.block_size
+        if first == end:
+            continue
+        keys = entry.owner.chain.hash_blocks(entry.owner.tokens()[: entry.seat.num_landed])
+        for i in range(first, end):
+            if blocks.state(entry.seat.block_ids[i]) is BlockState.LOADING:
+                complete.append((entry.seat.block_ids[i], keys[i]))
+    if not complete:
+        return
+    checksums = runner.checksum_blocks(np.array([block_id for block_id, _ in complete], dtype=np.int32))
+    for (block_id, key), checksum in zip(complete, checksums, strict=True):
+        blocks.commit(block_id, key, checksum)
+
+
+def _land_token(request: Request, index: int, result: StepResult, book: RequestBook) -> NewTokens:
+    """Append one sampled token; finish at a stop token or at the counted length."""
+    token = int(result.token_ids[index])
+    assert token >= 0, f"row {index} of step {result.step} was to be sampled"
+    position = len(request.outputs)
+    request.outputs.append(token)
+    book.counters.generation_tokens += 1
+    finish: FinishReason | None = None
+    is_stop = token in request.stop_ids and position >= request.params.min_tokens
+    if is_stop:
+        finish = FinishReason.STOP
+    elif len(request.outputs) >= request.max_outputs:
+        finish = FinishReason.LENGTH
+    if finish is not None:
+        book.remove(request)
+    logprobs = result.logprobs.get(index)
+    return NewTokens(
+        request_id=request.request_id,
+        first_position=position,
+        token_ids=(token,),
+        logprobs=() if logprobs is None else (logprobs,),
+        finish_reason=finish,
+        stop_token=token if is_stop else None,
+        num_cached_tokens=max(request.num_cached_tokens, 0),
+    )

@@ -1,0 +1,122 @@
+"""All own requests by state, with the moves between states that everybody needs: admit to the queue, preempt, finish.
+
+waiting  no seat          Add, or preempted (in front)
+pulling  seat, no steps   Reserve .. PullClosed
+running  seat, steps      admitted, or PullClosed
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from engine.kv.prefix_cache import HashChain, root_key
+from engine.messages import Add
+from engine.scheduler.request_state import Counters, ModelLimits, Request, parse_tokens
+from engine.scheduler.seats import Seats
+
+
+class RequestRefusedError(ValueError):
+    """A request that can never run here. `code` is a catalogue code."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+class RequestBook:
+    """The queues. `running` is in order of arrival (dict: id -> request); the newest is preempted first."""
+
+    def __init__(self, limits: ModelLimits, seats: Seats, counters: Counters) -> None:
+        self.limits = limits
+        self.seats = seats
+        self.counters = counters
+        self.waiting: deque[Request] = deque()
+        self.pulling: dict[str, Request] = {}
+        self.running: dict[str, Request] = {}
+        self._num_arrivals = 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return self.find(request_id) is not None
+
+    def find(self, request_id: str) -> Request | None:
+        """The request with this id in any state."""
+        found = self.running.get(request_id) or self.pulling.get(request_id)
+        return found or next((request for request in self.waiting if request.request_id == request_id), None)
+
+    def chain(self, cache_salt: bytes) -> HashChain:
+        """A new hash chain under this model's identity."""
+        return HashChain(root_key(self.limits.identity, cache_salt), self.seats.blocks.block_size)
+
+    def parse(self, add: Add) -> Request:
+        """Check and convert. Raises ValueError for bad tokens, RequestRefusedError for what can never fit."""
+        if add.request_id in self:
+            raise ValueError(f"request id {add.request_id!r} is in use")
+        prompt = parse_tokens(add.prompt, self.limits.vocab_size)
+        outputs = parse_tokens(add.outputs, self.limits.vocab_size)
+        if not len(prompt):
+            raise ValueError("prompt must hold at least one token")
+        blocks = self.seats.blocks
+        room_context = self.limits.max_model_len - len(prompt)
+        if room_context < 1 or len(outputs) > room_context:
+            raise RequestRefusedError("context_length_exceeded", f"{len(prompt)} prompt tokens do not fit the context")
+        # the last output's KV is never needed, so a pool of exactly the prompt's size still gives one token
+        room_pool = blocks.num_usable * blocks.block_size - len(prompt) + 1
+        if room_pool < 1 or len(outputs) > room_pool:
+            raise RequestRefusedError("kv_capacity_exceeded", f"{len(prompt)} prompt tokens do not fit the KV pool")
+        max_tokens = add.params.max_tokens
+        params = add.params
+        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.limits.eos_token_ids))
+        self._num_arrivals += 1
+        return Request(
+            request_id=add.request_id,
+            prompt=prompt,
+            params=params,
+            seed=add.seed,
+            choice=add.choice,
+            outputs=outputs.tolist(),
+            stop_ids=frozenset(stop_ids),
+            max_outputs=min(room_context, room_pool, room_context if max_tokens is None else max_tokens),
+            chain=self.chain(add.cache_salt),
+            arrival=self._num_arrivals,
+        )
+
+    def newest_first(self) -> Iterator[Request]:
+        """Running requests, newest arrival first: the order of preemption."""
+        return iter(sorted(self.running.values(), key=lambda request: -request.arrival))
+
+    def oldest_first(self) -> list[Request]:
+        """Running requests, oldest arrival first: the order of scheduling."""
+        return sorted(self.running.values(), key=lambda request: request.arrival)
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's seat; its landed outputs stay, what is in flight is dropped and sampled again."""
+        assert request.seat is not None, f"{request.request_id} is preempted without a seat"
+        del self.running[request.request_id]
+        self.seats.close(request.seat)
+        request.seat = None
+        request.preempted = True
+        request.pulled = False
+        self.waiting.appendleft(request)
+        self.counters.num_preemptions += 1
+
+    def remove(self, request: Request) -> None:
+        """Forget a running or waiting request (finished or aborted) and give its seat up."""
+        if self.running.pop(request.request_id, None) is None:
+            self.waiting.remove(request)
+        if request.seat is not None:
+            self.seats.close(request.seat)
+            request.seat = None
+
+    def count_admission(self, request: Request, num_cached_tokens: int) -> None:
+        """Prefix cache statistics and the request's own num_cached_tokens (of its first admission)."""
+        self.counters.prefix_cache_queries += request.num_tokens
+        self.counters.prefix_cache_hits += num_cached_tokens
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = num_cached_tokens
+            self.counters.prompt_tokens += len(request.prompt)
+
+    @property
+    def headroom(self) -> int:
+        """Blocks to leave free when admitting: each running request may soon want one, and preemption is dearer."""
+        return len(self.running)

@@ -1,0 +1,200 @@
+"""Decides what every step computes. Handles counts, never token values, so it can plan a step while one is in flight.
+
+One step of life:
+
+    1. commands (add, reserve, abort, serve, ...) change the queues, between steps
+    2. schedule():  decode rows first; then prefill chunks within what time and tokens are left
+    3. update():    a step has landed: blocks are committed, tokens appended, stops found, served pieces offered
+
+On role "prefill" served calls take their chunks before own prefills, on role "decode" after them; own decode rows and
+just pulled requests come first on both (they are cheap, and cannot wait). Torch-free, clock-free.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from engine.config import EngineConfig, Role
+from engine.kv.block_manager import BlockManager
+from engine.messages import (
+    Abort,
+    Add,
+    Commit,
+    EndServe,
+    Load,
+    NewTokens,
+    NoSpace,
+    Probe,
+    Probed,
+    PullClosed,
+    Reserve,
+    Reserved,
+    Serve,
+)
+from engine.request import FinishReason
+from engine.scheduler.batch import Runner, ScheduledBatch, StepResult
+from engine.scheduler.batch_builder import BatchBuilder
+from engine.scheduler.decode import schedule_decode
+from engine.scheduler.landing import Landed, land_step
+from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, usable_match
+from engine.scheduler.pulls import Pulls
+from engine.scheduler.request_book import RequestBook, RequestRefusedError
+from engine.scheduler.request_state import Counters, LaunchedStep, ModelLimits, parse_tokens
+from engine.scheduler.seats import Seats
+from engine.scheduler.served import ServedCalls, ServeNews
+from engine.scheduler.step_cost import StepCost
+
+
+class Scheduler:
+    """Owns the requests, the served calls and, through the block manager, the KV pool.
+
+    Rows given to the runner: [0, max_num_seqs) for own requests, the next max_num_served for served calls.
+    `role` and `step_cost` may be changed between steps.
+    """
+
+    def __init__(self, config: EngineConfig, *, limits: ModelLimits, blocks: BlockManager, step_cost: StepCost) -> None:
+        self.role: Role = config.role
+        self.step_cost = step_cost
+        self.blocks = blocks
+        self.limits = limits
+        self._config = config
+        self._counters = Counters()
+        self._seats = Seats(blocks, config.max_num_seqs, config.max_num_served)
+        self._book = RequestBook(limits, self._seats, self._counters)
+        self._pulls = Pulls(self._book)
+        self._served = ServedCalls(self._book)
+        self._in_flight: deque[LaunchedStep] = deque()
+        self._step = 0
+        self._news: list[ServeNews] = []
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled and not landed."""
+        return len(self._in_flight)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether anything could want a step: pulls and fully offered calls do not."""
+        return bool(self._book.waiting or self._book.running or self._served.wants_compute)
+
+    # -- commands, between steps ------------------------------------------------------------------------------------
+
+    def add(self, command: Add) -> list[NewTokens]:
+        """Queue a request; one that can never fit or has nothing left to generate ends at once.
+
+        Raises ValueError for malformed tokens and for an id in use.
+        """
+        try:
+            request = self._book.parse(command)
+        except RequestRefusedError as refusal:
+            return [ended(command.request_id, FinishReason.ABORT, len(command.outputs) // 4, refusal.code)]
+        if not request.wants_compute:
+            return [ended(command.request_id, FinishReason.LENGTH, len(request.outputs))]
+        self._book.waiting.append(request)
+        return []
+
+    def probe(self, command: Probe) -> Probed:
+        """What the prefix cache holds now; nothing is pinned. Raises ValueError for malformed tokens."""
+        tokens = parse_tokens(command.tokens, self.limits.vocab_size)
+        matched = usable_match(self._seats, self._book.chain(command.cache_salt), tokens) if len(tokens) else []
+        return Probed(request_id=command.request_id, num_cached_tokens=len(matched) * self.blocks.block_size)
+
+    def reserve(self, command: Reserve) -> Reserved | NoSpace:
+        """See engine/messages.py. Raises ValueError for malformed tokens and for an id in use."""
+        return self._pulls.reserve(command)
+
+    def commit(self, command: Commit) -> None:
+        """See engine/messages.py. Raises ValueError for blocks that the pull does not complete."""
+        self._pulls.commit(command)
+
+    def pull_closed(self, command: PullClosed) -> None:
+        """See engine/messages.py. Raises ValueError (the request is gone then) for an impossible count."""
+        self._pulls.closed(command)
+
+    def abort(self, command: Abort) -> None:
+        """Drop a request in whatever state; unknown ids are ignored."""
+        request = self._book.find(command.request_id)
+        if request is None:
+            return
+        if request.request_id in self._book.pulling:
+            self._pulls.abort(request)
+        else:
+            self._book.remove(request)
+
+    def serve(self, command: Serve) -> list[ServeNews]:
+        """Accept or refuse a served call. Raises ValueError for a range or tokens that make no sense."""
+        return self._served.serve(command, self._own_tokens_ahead())
+
+    def end_serve(self, command: EndServe) -> None:
+        """Unpin; unknown ids are ignored."""
+        self._served.end(command.call_id)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step, or None when nothing can run now (see `num_in_flight`: landing may change that)."""
+        assert len(self._in_flight) <= self._config.steps_in_flight, "a step must land before another is scheduled"
+        builder = BatchBuilder(
+            cost=self.step_cost,
+            max_ms=self._config.max_step_ms,
+            max_tokens=self._config.max_batched_tokens,
+            block_size=self.blocks.block_size,
+        )
+        schedule_decode(self._book, builder)
+        schedule_running_prefills(self._book, builder, only_pulled=True)
+        if self.role == "prefill":
+            self._news += self._served.schedule(builder)
+        schedule_running_prefills(self._book, builder)
+        admit_waiting(self._book, builder)
+        if self.role == "decode":
+            self._news += self._served.schedule(builder)
+        built = builder.build(self._step)
+        if built is None:
+            return None
+        batch, launched = built
+        self._in_flight.append(launched)
+        self._step += 1
+        return batch
+
+    def update(self, result: StepResult, runner: Runner) -> Landed:
+        """Land the oldest step in flight; `runner` gives checksums of what it completed."""
+        return land_step(self._in_flight.popleft(), result, self._book, self._served, runner)
+
+    def take_news(self) -> list[ServeNews]:
+        """News of served calls since the last call: progress of each, then pieces offered while scheduling."""
+        news = self._served.progress(self._own_tokens_ahead()) + self._news
+        self._news = []
+        return news
+
+    def _own_tokens_ahead(self) -> int:
+        """Own prefill tokens that go before served calls."""
+        return self._own_queued_tokens() if self.role == "decode" else 0
+
+    def _own_queued_tokens(self) -> int:
+        waiting = sum(request.num_tokens for request in self._book.waiting)
+        running = (r.num_scheduled_tokens - r.seat.num_computed for r in self._book.running.values() if r.seat)
+        return waiting + sum(left for left in running if left > 1)
+
+    def load(self) -> Load:
+        """Queues, blocks and totals now."""
+        blocks, counters = self.blocks, self._counters
+        return Load(
+            num_running=len(self._book.running) + len(self._book.pulling),
+            num_waiting=len(self._book.waiting),
+            num_served=len(self._served),
+            queued_tokens=self._own_queued_tokens() + self._served.queued_tokens,
+            num_blocks=blocks.num_usable,
+            num_free_blocks=blocks.num_free,
+            num_referenced_blocks=blocks.num_referenced,
+            num_quarantined_blocks=blocks.num_quarantined,
+            prefix_cache_queries=counters.prefix_cache_queries,
+            prefix_cache_hits=counters.prefix_cache_hits,
+            num_preemptions=counters.num_preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+        )
+
+
+def ended(request_id: str, reason: FinishReason, num_outputs: int = 0, error: str | None = None) -> NewTokens:
+    """The last message of a request that ends without a token."""
+    return NewTokens(request_id=request_id, first_position=num_outputs, token_ids=(), finish_reason=reason, error=error)
