@@ -1,0 +1,1 @@
+"""Mixture of experts: router, dispatch, experts, combine. No step of it waits for the device."""
