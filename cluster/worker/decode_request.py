@@ -1,0 +1,60 @@
+"""What the decode worker knows of one dispatched request: plain state, shared by decode.py and pull.py."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.types import Dispatch, Path, SourceRef, Stage
+from cluster.worker.reservation import Reservation
+from cluster.worker.source_call import SourceCall
+from engine.messages import Add
+
+TOKEN_BYTES = 4
+
+TimerKind = Literal["deadline", "news", "silence", "space", "retry", "requeue", "copies"]
+TimerKey = tuple[str, TimerKind]
+
+
+@dataclass(kw_only=True, eq=False)
+class DecodeRequest:
+    """One dispatched request at its decode worker. `adds` has one Add per choice; the first one pulls."""
+
+    link_id: str
+    dispatch: Dispatch
+    deadline: float
+    adds: tuple[Add, ...]
+    sources: deque[SourceRef]
+    num_cached: int = 0  # by the last probe
+    call: SourceCall | None = None
+    reservation: Reservation | None = None
+    space: Literal["none", "queued", "asked"] = "none"
+    space_deadline: float | None = None
+    space_expired: bool = False
+    num_calls: int = 0
+    num_hops: int = 0
+    source_cached: int = 0  # tokens that the source had without computing
+    pulling: bool = True
+    running: dict[str, int] = field(default_factory=dict)  # engine id -> choice, of those that have not finished
+    path: Path | None = None
+    answered: set[int] = field(default_factory=set)  # choices whose first token went up
+    stage: Stage = "queued"
+    computed_tokens: int = 0
+    queue_ms: int = 0
+    closed_at: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The router's id."""
+        return self.dispatch.request_id
+
+    @property
+    def tokens(self) -> bytes:
+        """What the pulling choice knows: prompt and accepted outputs, int32."""
+        return self.adds[0].prompt + self.adds[0].outputs
+
+    @property
+    def num_wanted(self) -> int:
+        """n - 1: the last known token is always run here."""
+        return len(self.tokens) // TOKEN_BYTES - 1
