@@ -1,0 +1,105 @@
+"""Tokens of one choice become text: detokenised incrementally, cut at stop strings, with what the client asked beside.
+
+One Delta per arrival (a step's tokens of this choice), or none while there is nothing to show: half a character, or
+text that may turn out to be the beginning of a stop string.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.types import Tokens
+from engine.request import FinishReason, SamplingParams
+from engine.scheduler.batch import TokenLogprobs
+
+
+class Detokenizer(Protocol):
+    """Text from tokens, never half a character."""
+
+    def add(self, token_id: int) -> str:
+        """What this token makes certain."""
+        ...
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        ...
+
+
+class StopFilter(Protocol):
+    """Holds back what may begin a stop string."""
+
+    def add(self, text: str) -> tuple[str, str | None]:
+        """(text to show, the stop string that matched)."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back and is text after all."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Delta:
+    """What one arrival adds to a choice. `tokens` pairs ids with logprobs, where logprobs were asked for."""
+
+    choice: int
+    text: str = ""
+    tokens: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class ChoiceText:
+    """One choice of one prompt. `num_tokens` counts what the client pays for: up to the token that ended it."""
+
+    def __init__(self, choice: int, params: SamplingParams, detokenizer: Detokenizer, stops: StopFilter | None):
+        self.choice = choice
+        self.num_tokens = 0
+        self.finished = False
+        self._min_tokens = params.min_tokens
+        self._with_logprobs = params.logprobs is not None
+        self._detokenizer = detokenizer
+        self._stops = stops
+
+    def add(self, tokens: Tokens) -> Delta | None:
+        """Take an arrival. None: nothing to show yet, or the choice had ended before (a stop string overtook D)."""
+        if self.finished:
+            return None
+        delta = Delta(choice=self.choice)
+        ends = tokens.finish_reason is not None
+        last = len(tokens.token_ids) - 1
+        for index, token_id in enumerate(tokens.token_ids):
+            self.num_tokens += 1
+            # the token that stopped it counts, but is no text
+            if ends and index == last and token_id == tokens.stop_token:
+                break
+            if self._with_logprobs:
+                delta.tokens.append((token_id, tokens.logprobs[index]))
+            if self._take(delta, self._detokenizer.add(token_id)):
+                return delta
+        if tokens.finish_reason is not None:
+            self._end(delta, tokens.finish_reason, tokens.stop_token)
+        return delta if delta.text or delta.tokens or delta.finish_reason else None
+
+    def _take(self, delta: Delta, text: str) -> bool:
+        """Add text; True when a stop string ended the choice."""
+        # like min_tokens for stop tokens: before it, nothing stops
+        if self._stops is None or not text or self.num_tokens <= self._min_tokens:
+            delta.text += text
+            return False
+        shown, matched = self._stops.add(text)
+        delta.text += shown
+        if matched is None:
+            return False
+        self.finished = True
+        delta.finish_reason, delta.stop_reason = str(FinishReason.STOP), matched
+        return True
+
+    def _end(self, delta: Delta, reason: FinishReason, stop_token: int | None) -> None:
+        if self._take(delta, self._detokenizer.finish()):
+            return
+        if self._stops is not None:
+            delta.text += self._stops.finish()
+        self.finished = True
+        delta.finish_reason = str(reason)
+        delta.stop_reason = stop_token
