@@ -73,7 +73,5 @@ def test_an_element_does_not_depend_on_its_neighbours() -> None:
     seeds, positions = torch.arange(33) * 7919, torch.arange(33) + 5
     zeros = torch.zeros(33, dtype=torch.int64)
     together = uniform(seeds, positions, zeros, Purpose.TOKEN)
-    alone = torch.cat(
-        [uniform(seeds[i : i + 1], positions[i : i + 1], zeros[:1], Purpose.TOKEN) for i in range(33)]
-    )
+    alone = torch.cat([uniform(seeds[i : i + 1], positions[i : i + 1], zeros[:1], Purpose.TOKEN) for i in range(33)])
     assert torch.equal(together, alone)

@@ -1,0 +1,54 @@
+"""What the sampler must do, said in plain float64, one row at a time, with full sorts."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.request import SamplingParams
+
+Row = npt.NDArray[np.float64]
+
+
+def adjusted_logits(
+    logits: Row, params: SamplingParams, prompt: tuple[int, ...], outputs: tuple[int, ...], eos: tuple[int, ...]
+) -> Row:
+    """Penalties, logit_bias, bans before min_tokens."""
+    x = logits.copy()
+    for token in set(prompt) | set(outputs):
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    for token in set(outputs):
+        x[token] -= params.frequency_penalty * outputs.count(token) + params.presence_penalty
+    for token, bias in params.logit_bias.items():
+        if token < x.size:
+            x[token] += bias
+    if len(outputs) < params.min_tokens:
+        for token in (*params.stop_token_ids, *(() if params.ignore_eos else eos)):
+            if token < x.size:
+                x[token] = -np.inf
+    return x
+
+
+def probabilities(adjusted: Row, params: SamplingParams) -> Row:
+    """Temperature, top_k, top_p, min_p; equal probabilities rank by id."""
+    weights = np.exp((adjusted - adjusted.max()) / params.temperature)
+    order = np.argsort(-weights, kind="stable")
+    if params.top_k > 0:
+        weights[order[params.top_k :]] = 0.0
+    if params.top_p < 1.0:
+        before = np.concatenate(([0.0], np.cumsum(weights[order])[:-1]))
+        weights[order[before >= params.top_p * weights.sum()]] = 0.0
+    weights[weights < params.min_p * weights.max()] = 0.0
+    return weights / weights.sum()
+
+
+def choose(probability: Row, noise: float) -> int:
+    """Inverse CDF in the order of the vocabulary."""
+    return int(np.searchsorted(np.cumsum(probability), noise * probability.sum(), side="right"))
+
+
+def log_softmax(logits: Row) -> Row:
+    """At temperature 1."""
+    top = logits.max()
+    shifted: Row = logits - top - np.log(np.exp(logits - top).sum())
+    return shifted
