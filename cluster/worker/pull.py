@@ -6,7 +6,7 @@ Life cycle of a pull:
    fences: the one after it. None left: we compute the rest ourselves.
 3. When a source says that it starts, all blocks are reserved at once. Those who wait for space wait in one line, so
    that a small prompt does not overtake a large one for ever. After RESERVE_WAIT_S the call is closed and the request
-   queues again (what the source computed is in its prefix cache); after SPACE_WAIT_S in all it is "busy" to the router.
+   queues again (what the source computed is in its prefix cache); after SPACE_WAIT_S in all: "busy" to the router.
 4. Pieces are copied into the blocks and committed in order. A source is replaced only once its copies have reported;
    if they don't within COPY_WAIT_S the reservation is left to them, quarantined, and the request starts anew.
 5. Everything landed, or no source is left: PullClosed(what we hold), and the request runs.
@@ -41,16 +41,13 @@ from cluster.worker.decode_request import DecodeRequest, TimerKey, TimerKind
 from cluster.worker.effects import CloseFetch, Effect, OpenFetch, SendTaken, ToEngine
 from cluster.worker.reservation import Reservation
 from cluster.worker.source_call import SourceCall
+from cluster.worker.space_line import SpaceLine
 from engine.kv.layout import KVLayout
-from engine.messages import Abort, NoSpace, Probe, Probed, PullClosed, Reserve, Reserved
+from engine.messages import Abort, NoSpace, Probe, Probed, PullClosed, Reserved
 
-RESERVE_WAIT_S = 2.0
-RESERVE_RETRY_S = 0.02
 REQUEUE_S = 0.25
-SPACE_WAIT_S = 8.0
 COPY_WAIT_S = 2.0
 MAX_HOPS = 2
-SPACE_KINDS: tuple[TimerKind, ...] = ("space", "retry")
 
 
 class PullOwner(Protocol):
@@ -88,7 +85,7 @@ class Puller:
         self._counters = counters
         self._owner = owner
         self._calls: dict[str, DecodeRequest] = {}
-        self._space: dict[str, DecodeRequest] = {}
+        self._line = SpaceLine(layout, timers)
         self._copies: dict[int, tuple[Reservation, DecodeRequest]] = {}
         self._num_copies = 0
         self._remote_only: dict[str, None] = {}  # source incarnations whose memory we cannot open
@@ -106,7 +103,7 @@ class Puller:
         """The request is over while it pulls: everything that it holds goes, blocks in flight into quarantine."""
         effects: list[Effect] = [ToEngine(command=Abort(request_id=request.adds[0].request_id))]
         effects += self._close_call(request)
-        effects += self._leave_space_line(request)
+        effects += self._line.leave(request)
         for kind in ("silence", "requeue", "copies"):
             self._timers.clear((request.request_id, kind))
         return effects + self._orphan(request)
@@ -123,16 +120,12 @@ class Puller:
             return self._on_reserved(now, request, reply)
         return self._on_no_space(now, request, reply.never)
 
-    def on_free_blocks(self, now: float, num_free: int) -> list[Effect]:
-        """Space may have come free: the head of the line asks again."""
-        head = next(iter(self._space.values()), None)
-        if head is None or head.space != "queued" or num_free < self._layout.blocks_for(head.num_wanted + 1):
-            return []
-        self._timers.clear((head.request_id, "retry"))
-        return self._ask_for_space()
+    def on_free_blocks(self, num_free: int) -> list[Effect]:
+        """Space may have come free."""
+        return self._line.on_free_blocks(num_free)
 
     def _on_reserved(self, now: float, request: DecodeRequest, reply: Reserved) -> list[Effect]:
-        effects = self._leave_space_line(request)
+        effects = self._line.leave(request)
         size = self._layout.block_size
         request.reservation = Reservation(
             engine_id=reply.request_id,
@@ -152,16 +145,26 @@ class Puller:
 
     def _on_no_space(self, now: float, request: DecodeRequest, never: bool) -> list[Effect]:
         if never:
-            return self._owner.fail(request, "kv_capacity_exceeded", "The prompt does not fit this worker's KV memory.")
+            request.sources.clear()
+            return self._close_call(request) + self._finish(now, request)  # Add will say why it cannot run
         self._counters["no_space"] += 1
-        request.space = "queued"
         request.stage = "waiting"
         if request.call is None:
-            return self._leave_space_line(request) + self.advance(now, request)
+            return self._line.leave(request) + self.advance(now, request)
+        request.space = "queued"
         if request.space_expired:
             return self._queue_again(now, request)
-        self._timers.set((request.request_id, "retry"), now + RESERVE_RETRY_S)
+        self._line.refused(now, request)
         return []
+
+    def _queue_again(self, now: float, request: DecodeRequest) -> list[Effect]:
+        self._counters["queued_again"] += 1
+        effects = self._line.leave(request) + self._close_call(request)
+        assert request.space_deadline is not None, "it waited for space"
+        if now >= request.space_deadline:
+            return effects + self._owner.fail(request, BUSY, "No room for the prompt.")
+        self._timers.set((request.request_id, "requeue"), now + REQUEUE_S)
+        return effects
 
     # ---- the source's answers
 
@@ -244,9 +247,11 @@ class Puller:
     def on_timer(self, now: float, request: DecodeRequest, kind: TimerKind) -> list[Effect]:
         """One of this request's timers passed."""
         if kind == "silence":
+            if request.call is None:
+                return []  # another timer of this round has closed it
             return self._drop_source(now, request, "sources_silent")
         if kind == "retry":
-            return self._ask_for_space()
+            return self._line.ask()
         if kind == "requeue":
             request.sources = deque(request.dispatch.sources)
             return self.begin(now, request)
@@ -254,45 +259,13 @@ class Puller:
             request.space_expired = True
             return [] if request.space == "asked" else self._queue_again(now, request)
         assert kind == "copies", f"{kind} is not a pull's timer"
+        if request.reservation is None:
+            return []
         self._counters["copies_stuck"] += 1
         effects: list[Effect] = [ToEngine(command=Abort(request_id=request.adds[0].request_id))]
         effects += self._orphan(request)
         self._owner.rename(request)
         return effects + self.begin(now, request)
-
-    # ---- the line for space
-
-    def _enter_space_line(self, now: float, request: DecodeRequest) -> list[Effect]:
-        request.space, request.space_expired = "queued", False
-        if request.space_deadline is None:
-            request.space_deadline = now + SPACE_WAIT_S
-        self._space[request.request_id] = request
-        self._timers.set((request.request_id, "space"), now + RESERVE_WAIT_S)
-        return self._ask_for_space()
-
-    def _ask_for_space(self) -> list[Effect]:
-        head = next(iter(self._space.values()), None)
-        if head is None or head.space == "asked" or (head.request_id, "retry") in self._timers:
-            return []
-        head.space = "asked"
-        return [ToEngine(command=Reserve(add=head.adds[0]))]
-
-    def _leave_space_line(self, request: DecodeRequest) -> list[Effect]:
-        request.space = "none"
-        for kind in SPACE_KINDS:
-            self._timers.clear((request.request_id, kind))
-        if self._space.pop(request.request_id, None) is None:
-            return []
-        return self._ask_for_space()
-
-    def _queue_again(self, now: float, request: DecodeRequest) -> list[Effect]:
-        self._counters["queued_again"] += 1
-        effects = self._leave_space_line(request) + self._close_call(request)
-        assert request.space_deadline is not None, "it waited for space"
-        if now >= request.space_deadline:
-            return effects + self._owner.fail(request, BUSY, "No room for the prompt.")
-        self._timers.set((request.request_id, "requeue"), now + REQUEUE_S)
-        return effects
 
     # ---- inside
 
@@ -305,7 +278,7 @@ class Puller:
             return self._without_call(now, request)
         if reservation is None:
             if call.started and request.space == "none":
-                return self._enter_space_line(now, request)
+                return self._line.enter(now, request)
             return []
         effects: list[Effect] = []
         while call.buffered:
@@ -390,7 +363,7 @@ class Puller:
         return [CloseFetch(call_id=call_id)]
 
     def _finish(self, now: float, request: DecodeRequest) -> list[Effect]:
-        effects = self._close_call(request) + self._leave_space_line(request)
+        effects = self._close_call(request) + self._line.leave(request)
         reservation = request.reservation
         request.pulling = False
         request.stage = "prefilling"

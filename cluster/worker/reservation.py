@@ -106,9 +106,13 @@ class Reservation:
             landing = self._order.popleft()
             last = landing.piece.index
             self.held_tokens = landing.num_tokens
-            if landing.num_blocks:
+            # a partial last block is never committed: the rank completes it with the last token
+            num_whole = (
+                min(landing.first + landing.num_blocks, self.num_tokens // self._layout.block_size) - landing.first
+            )
+            if num_whole > 0:
                 offset = landing.first - landing.piece.first_block
-                checksums = landing.piece.checksums[offset : offset + landing.num_blocks]
+                checksums = landing.piece.checksums[offset : offset + num_whole]
                 commit = Commit(request_id=self.engine_id, first_block=landing.first, checksums=checksums)
                 effects.append(ToEngine(command=commit))
         return effects, last
