@@ -31,7 +31,7 @@ def adjusted_logits(
 
 def probabilities(adjusted: Row, params: SamplingParams) -> Row:
     """Temperature, top_k, top_p, min_p; equal probabilities rank by id."""
-    weights = np.exp((adjusted - adjusted.max()) / params.temperature)
+    weights: Row = np.asarray(np.exp((adjusted - adjusted.max()) / params.temperature), dtype=np.float64)
     order = np.argsort(-weights, kind="stable")
     if params.top_k > 0:
         weights[order[params.top_k :]] = 0.0
@@ -39,7 +39,8 @@ def probabilities(adjusted: Row, params: SamplingParams) -> Row:
         before = np.concatenate(([0.0], np.cumsum(weights[order])[:-1]))
         weights[order[before >= params.top_p * weights.sum()]] = 0.0
     weights[weights < params.min_p * weights.max()] = 0.0
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def choose(probability: Row, noise: float) -> int:
@@ -49,6 +50,6 @@ def choose(probability: Row, noise: float) -> int:
 
 def log_softmax(logits: Row) -> Row:
     """At temperature 1."""
-    top = logits.max()
-    shifted: Row = logits - top - np.log(np.exp(logits - top).sum())
+    shifted: Row = np.asarray(logits - logits.max(), dtype=np.float64)
+    shifted -= np.log(np.exp(shifted).sum())
     return shifted

@@ -1,0 +1,1 @@
+"""Text in and out of token ids: torch-free, used by the offline API and by the router."""
