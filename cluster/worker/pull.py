@@ -257,7 +257,7 @@ class Puller:
             return self.begin(now, request)
         if kind == "space":
             request.space_expired = True
-            return [] if request.space == "asked" else self._queue_again(now, request)
+            return self._queue_again(now, request) if request.space == "queued" else []
         assert kind == "copies", f"{kind} is not a pull's timer"
         if request.reservation is None:
             return []
