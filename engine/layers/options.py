@@ -38,10 +38,6 @@ class LayerOptions:
         """`num_rows` rounded up, at least one multiple."""
         return max(round_up(num_rows, self.row_multiple), self.row_multiple)
 
-    def padded_keys(self, num_keys: int) -> int:
-        """`num_keys` rounded up."""
-        return round_up(num_keys, self.key_multiple)
-
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below `value`."""

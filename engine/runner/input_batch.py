@@ -9,9 +9,11 @@ per step takes the host's numbers to the device, everything else is made there, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,10 +28,10 @@ _MAX_KEYS_PER_CALL = 1 << 19
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """A step on the device. `sample_index` int64 [S padded], places of the sampled tokens; the rest describe the S rows.
+    """A step on the device, and its S rows that sample.
 
-    `sample_rows` int32 [S] on the host; `sample_slots` and `sample_positions` int64 [S]: row and position of each new
-    token in the token table.
+    `sample_index` int64 [S padded]: places of their last query tokens. `sample_rows` int32 [S] on the host;
+    `sample_slots` and `sample_positions` int64 [S]: row and position of each new token in the token table.
     """
 
     forward: ForwardStep
@@ -48,8 +50,9 @@ class InputBatch:
         self._block_size = kv.layout.block_size
         self._padding_row = num_rows
         device = options.device
-        self._max_keys = round_up(max_model_len, max(options.key_multiple, self._block_size))
-        num_blocks = round_up(self._max_keys, self._block_size) // self._block_size
+        # Whole blocks and whole key tiles.
+        self._key_multiple = math.lcm(options.key_multiple, self._block_size)
+        num_blocks = round_up(max_model_len, self._key_multiple) // self._block_size
         # One column more than the model's length: an overshot step may sample a token that nobody will run.
         self.token_table = torch.zeros(num_rows + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(num_rows + 1, num_blocks, dtype=torch.int32, device=device)
@@ -110,7 +113,9 @@ class InputBatch:
         parts = [token_rows, positions, sample_index, batch.rows[sampled], sample_positions, batch.rows, *groups]
         sizes = [len(part) for part in parts]
         numbers = self._upload(np.concatenate(parts).astype(np.int64))
-        d_token_rows, d_positions, d_sample_index, d_slots, d_sample_positions, d_rows, *d_groups = numbers.split(sizes)
+        d_token_rows, d_positions, d_sample_index, d_slots, d_sample_positions, d_rows, *d_groups = torch.split(
+            numbers, sizes
+        )
         blocks = self.block_tables[d_token_rows, d_positions // self._block_size].to(torch.int64)
         last_keys = num_computed[: batch.num_decode_rows]
         forward = ForwardStep(
@@ -132,17 +137,16 @@ class InputBatch:
             sample_positions=d_sample_positions,
         )
 
-    def _decode_groups(self, num_keys: IntArray) -> list[IntArray]:
+    def _decode_groups(self, num_keys: IntArray) -> list[npt.NDArray[np.intp]]:
         """Indices of decode rows by padded length, a power of two of tiles: at most twice the keys are gathered."""
         if not len(num_keys):
             return []
-        multiple = max(self._options.key_multiple, self._block_size)
-        tiles = -(-num_keys // multiple)
+        tiles = -(-num_keys // self._key_multiple)
         bucket = np.ceil(np.log2(tiles)).astype(np.int32)
         groups = []
         for one in np.unique(bucket):
             index = np.flatnonzero(bucket == one)
-            at_once = max(_MAX_KEYS_PER_CALL // (multiple << int(one)), 1)
+            at_once = max(_MAX_KEYS_PER_CALL // (self._key_multiple << int(one)), 1)
             groups += [index[first : first + at_once] for first in range(0, len(index), at_once)]
         return groups
 
@@ -165,10 +169,9 @@ class InputBatch:
 
     def _tables(self, rows: Tensor, num_keys: int) -> Tensor:
         """Block tables [R, n] that cover `num_keys` and their padding."""
-        num_padded = round_up(self._options.padded_keys(num_keys), self._block_size)
-        return self.block_tables[rows, : num_padded // self._block_size]
+        return self.block_tables[rows, : round_up(num_keys, self._key_multiple) // self._block_size]
 
-    def _upload(self, numbers: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def _upload(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """To the device without waiting: through pinned memory, which torch keeps until the copy is done."""
         host = torch.from_numpy(numbers)
         if self._options.device.type == "cuda":

@@ -98,7 +98,7 @@ class ModelRunner:
             self._inputs.store_sampled(inputs, sampled.token_ids)
         done: torch.cuda.Event | None = None
         if self._device.type == "cuda":
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return LaunchedStep(
             step=batch.step,
