@@ -16,6 +16,7 @@ import grpc
 from grpc import aio
 
 from cluster.registry.memory_registry import MemoryRegistry
+from cluster.rpc.channel import SERVER_OPTIONS, open_channel
 from cluster.rpc.convert import WireError, info_from_pb, info_to_pb
 from cluster.rpc.pb import registry_pb2 as pb
 from cluster.rpc.pb import registry_pb2_grpc as pb_grpc
@@ -24,12 +25,6 @@ from cluster.types import WorkerInfo
 WATCH_REPEAT_S = 2.0  # the server repeats the map this often; a client that hears nothing for twice that reconnects
 CALL_TIMEOUT_S = 2.0
 RECONNECT_S = (0.05, 1.0)  # first and longest pause
-_CLIENT_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class RegistryLostError(ConnectionError):
@@ -97,7 +92,7 @@ class RegistryClient:
 
     def _stub(self) -> pb_grpc.RegistryStub:
         if self._channel is None:
-            self._channel = aio.insecure_channel(self.address, options=_CLIENT_OPTIONS)
+            self._channel = open_channel(self.address)
         return pb_grpc.RegistryStub(self._channel)
 
     def _lost(self, error: aio.AioRpcError) -> RegistryLostError:
@@ -122,7 +117,7 @@ class RegistryServer(pb_grpc.RegistryServicer):
 
     async def start(self) -> None:
         """Bind and serve. Raises OSError if the port is taken."""
-        server = aio.server(options=(("grpc.so_reuseport", 0),))
+        server = aio.server(options=SERVER_OPTIONS)
         pb_grpc.add_RegistryServicer_to_server(self, server)
         try:
             self.port = server.add_insecure_port(f"{self.host}:{self.port}")
