@@ -115,6 +115,7 @@ class PrefillMachine:
             return self._turn_away(call.call_id, FetchBusy(retry_ms=BUSY_RETRY_MS))
         self._calls[call.call_id] = ServedCall(open=call, num_blocks=num_blocks)
         self._timers.set((call.call_id, "deadline"), now + call.remaining_ms / 1000)
+        self._timers.set((call.call_id, "news"), now + NEWS_S)  # also before it is accepted: a step may take long
         self._timers.watch((call.call_id, "engine"), now, ENGINE_SILENCE_S)
         serve = Serve(
             call_id=call.call_id,
@@ -275,10 +276,8 @@ class PrefillMachine:
         return effects
 
     def _news(self, now: float, call: ServedCall) -> list[Effect]:
-        if not call.accepted:
-            self._timers.set((call.call_id, "news"), now + NEWS_S)
-            return []
-        news = FetchNews(computed_tokens=call.computed_tokens, queue_ms=self._queue_ms(call))
+        queue_ms = self._queue_ms(call) if call.accepted else max(1, self._queue_ms(call))
+        news = FetchNews(computed_tokens=call.computed_tokens, queue_ms=queue_ms)
         return self._send(now, call, news)
 
     def _send(self, now: float, call: ServedCall, reply: FetchReply) -> list[Effect]:

@@ -1,0 +1,378 @@
+"""Which worker gets which request, and what its answers mean. No I/O: see cluster/router/effects.py.
+
+Life cycle of a request at the router:
+1. `on_submit`: it joins the queue (bounded) and is placed as soon as a decode worker has room, in order of arrival;
+   those that were placed before go first.
+2. The policy names the decode worker and a ranked list of sources. Each placement is a new attempt.
+3. "refused" and "busy" from the worker, or its loss before any token: placed again, elsewhere if possible, after a
+   jittered backoff. Accepted tokens are kept per choice, so that a request can be taken up at its position.
+4. Tokens are accepted only from the current attempt at exactly the next position: a duplicate is dropped, a gap ends
+   the request ("internal_error"), never a hole in the text.
+5. The end, once: every choice finished, an error, or the deadline ("deadline_exceeded", with an Abort down). After
+   `on_cancel` nothing is said about the request any more, `Ended` included.
+
+A worker whose link breaks, that is silent for SILENCE_S, or whose engine stands still, is given up with everything it
+has. `next_timer` is an absolute monotonic second.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from cluster.errors import BUSY, ERRORS, REFUSED
+from cluster.router.effects import Deliver, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
+from cluster.router.fleet import Fleet, Worker
+from cluster.router.policies import Policy, RequestView
+from cluster.router.tracked import HistoryItem, Tracked, track
+from cluster.timers import Timers
+from cluster.types import (
+    SILENCE_S,
+    AbortRequest,
+    Dispatch,
+    Entry,
+    Failed,
+    Heartbeat,
+    News,
+    SourceRef,
+    Tokens,
+    WorkerInfo,
+)
+from cluster.worker.decode import decode_capacity
+from engine.messages import Load
+
+NO_WORKER_S = 10.0
+MAX_SOURCES = 3
+MAX_LOSSES = 3
+RETRY_S = 0.02  # doubled with each retry
+MAX_RETRY_S = 1.0
+MAX_EXPLAINED = 256
+
+_TimerKind = Literal["deadline", "retry", "no_worker", "silence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStatus:
+    """One worker for /status."""
+
+    info: WorkerInfo
+    load: Load
+    up: bool
+    hung: bool
+    num_sequences: int
+    queued_tokens: int
+    step_count: int
+    step_age_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchStatus:
+    """A snapshot for /status."""
+
+    workers: tuple[WorkerStatus, ...]
+    num_waiting: int
+    num_running: int
+    counters: dict[str, int]
+
+
+class Dispatcher:
+    """Every decision of a router about requests and workers. `rng` breaks ties and jitters backoffs."""
+
+    def __init__(self, policy: Policy, rng: Random, *, max_waiting: int = 1024) -> None:
+        self.counters: Counter[str] = Counter()
+        self.fleet = Fleet()
+        self._policy = policy
+        self._rng = rng
+        self._max_waiting = max_waiting
+        self._requests: dict[str, Tracked] = {}
+        self._waiting_again: dict[str, Tracked] = {}
+        self._waiting: dict[str, Tracked] = {}
+        self._timers: Timers[tuple[str, _TimerKind]] = Timers()
+        self._num_placed = 0
+        self._explained: OrderedDict[str, tuple[HistoryItem, ...]] = OrderedDict()
+
+    # ---- from HTTP
+
+    def on_submit(self, now: float, submit: Submit) -> list[RouterEffect]:
+        """Step 1."""
+        self._timers.note(now)
+        assert submit.request_id not in self._requests, "request ids are made by the server and never reused"
+        if now >= submit.deadline:
+            return [Ended(request_id=submit.request_id, code="deadline_exceeded")]
+        if len(self._waiting) + len(self._waiting_again) >= self._max_waiting:
+            self.counters["overloaded"] += 1
+            return [Ended(request_id=submit.request_id, code="overloaded")]
+        request = track(submit, now)
+        request.note(now, "submitted")
+        self._requests[submit.request_id] = request
+        self._waiting[submit.request_id] = request
+        self._timers.set((submit.request_id, "deadline"), submit.deadline)
+        self._timers.set((submit.request_id, "no_worker"), now + NO_WORKER_S)
+        return self._place_waiting(now)
+
+    def on_cancel(self, now: float, request_id: str) -> list[RouterEffect]:
+        """The client is gone, or wants no more. No Ended follows. Unknown ids have just ended."""
+        self._timers.note(now)
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        self.counters["cancelled"] += 1
+        request.note(now, "cancelled")
+        effects = self._abort(request)
+        self._forget(request)
+        return effects + self._place_waiting(now)
+
+    # ---- from the links
+
+    def on_worker_up(self, now: float, info: WorkerInfo) -> list[RouterEffect]:
+        """The link said Welcome."""
+        self._timers.note(now)
+        effects = self._lose(now, info.worker_id)
+        self.fleet.up(info)
+        self._timers.watch((info.worker_id, "silence"), now, SILENCE_S)
+        return effects + self._place_waiting(now)
+
+    def on_worker_down(self, now: float, worker_id: str) -> list[RouterEffect]:
+        """The link broke."""
+        self._timers.note(now)
+        return self._lose(now, worker_id) + self._place_waiting(now)
+
+    def on_heartbeat(self, now: float, heartbeat: Heartbeat) -> list[RouterEffect]:
+        """Load and liveness of a worker. One of another incarnation is late news."""
+        self._timers.note(now)
+        worker = self.fleet.workers.get(heartbeat.info.worker_id)
+        if worker is None or not worker.up or worker.info.incarnation != heartbeat.info.incarnation:
+            return []
+        self._timers.watch((heartbeat.info.worker_id, "silence"), now, SILENCE_S)
+        if worker.hear(heartbeat):
+            self.counters["hung_workers"] += 1
+            return self._drop_link(now, worker, f"its engine has stood at step {heartbeat.step_count}")
+        return self._place_waiting(now)
+
+    def on_entries(self, now: float, worker_id: str, entries: tuple[Entry, ...]) -> list[RouterEffect]:
+        """One message of a worker: what one step of its engine brought for us."""
+        self._timers.note(now)
+        worker = self.fleet.workers.get(worker_id)
+        if worker is not None and worker.up:
+            self._timers.watch((worker_id, "silence"), now, SILENCE_S)
+        effects: list[RouterEffect] = []
+        for entry in entries:
+            request = self._requests.get(entry.request_id)
+            if request is None or request.worker_id != worker_id or request.attempt != entry.attempt:
+                self.counters["stale_entries"] += 1
+            elif isinstance(entry, Tokens):
+                effects += self._on_tokens(now, request, entry)
+            elif isinstance(entry, News):
+                effects.append(Progress(request_id=request.request_id, stage=entry.stage, worker_id=worker_id))
+            else:
+                effects += self._on_failed(now, request, entry)
+        return effects + self._place_waiting(now)
+
+    def on_timer(self, now: float) -> list[RouterEffect]:
+        """To be called when next_timer() has come; earlier does no harm."""
+        effects: list[RouterEffect] = []
+        for key, kind in self._timers.due(now):
+            if kind == "silence":
+                worker = self.fleet.workers.get(key)
+                if worker is not None and worker.up:
+                    self.counters["silent_workers"] += 1
+                    effects += self._drop_link(now, worker, f"nothing was heard of it for {SILENCE_S:g} s")
+                continue
+            request = self._requests.get(key)
+            if request is None:
+                continue  # an earlier timer of this round ended it
+            if kind == "deadline":
+                effects += [*self._abort(request), *self._end(now, request, "deadline_exceeded")]
+            elif kind == "no_worker" and request.worker_id is None:
+                if not self.fleet.decoders():
+                    effects += self._end(now, request, "no_worker")
+                else:
+                    self._timers.set((key, "no_worker"), now + NO_WORKER_S)
+        return effects + self._place_waiting(now)
+
+    def next_timer(self) -> float | None:
+        """The absolute monotonic second at which on_timer is to be called, or None."""
+        return self._timers.next()
+
+    # ---- for people
+
+    def status(self) -> DispatchStatus:
+        """A snapshot."""
+        workers = []
+        for _, worker in sorted(self.fleet.workers.items()):
+            view = worker.view()
+            workers.append(
+                WorkerStatus(
+                    info=worker.info,
+                    load=worker.load,
+                    up=worker.up,
+                    hung=worker.hung,
+                    num_sequences=view.num_sequences,
+                    queued_tokens=view.queued_tokens,
+                    step_count=worker.step_count,
+                    step_age_ms=worker.step_age_ms,
+                )
+            )
+        num_waiting = len(self._waiting) + len(self._waiting_again)
+        return DispatchStatus(
+            workers=tuple(workers),
+            num_waiting=num_waiting,
+            num_running=len(self._requests) - num_waiting,
+            counters=dict(self.counters),
+        )
+
+    def history(self, request_id: str) -> tuple[HistoryItem, ...]:
+        """What happened to a live or recent request; empty when it is forgotten."""
+        request = self._requests.get(request_id)
+        return tuple(request.history) if request is not None else self._explained.get(request_id, ())
+
+    # ---- placing
+
+    def _place_waiting(self, now: float) -> list[RouterEffect]:
+        effects: list[RouterEffect] = []
+        for line in (self._waiting_again, self._waiting):
+            for request in list(line.values()):
+                if request.retry_at > now:
+                    continue  # it waits for its own time and holds nobody up
+                decoders = [worker for worker in self.fleet.decoders() if _has_room(worker)]
+                if not decoders:
+                    return effects
+                del line[request.request_id]
+                effects += self._place(now, request, decoders)
+        return effects
+
+    def _place(self, now: float, request: Tracked, decoders: list[Worker]) -> list[RouterEffect]:
+        fresh = [worker for worker in decoders if worker.info.worker_id not in request.avoid]
+        views = [worker.view() for worker in fresh or decoders]
+        sources = self.fleet.sources(views[0].info)
+        if not sources:
+            self.counters["no_prefill_worker"] += 1
+        submit = request.submit
+        view = RequestView(num_tokens=request.num_tokens, num_choices=len(request.choices), turn=self._num_placed)
+        placement = self._policy.place(view, views, [source.view() for source in sources], self._rng)
+        decoder = self.fleet.workers[placement.decode].info
+        self._num_placed += 1
+        refs = [self.fleet.workers[source].info for source in placement.sources[:MAX_SOURCES]]
+        request.attempt += 1
+        request.answered = False
+        request.worker_id = decoder.worker_id
+        request.source_id = refs[0].worker_id if refs else None
+        request.note(now, "dispatched", decoder.worker_id)
+        choices = request.unfinished()
+        self.fleet.assign(request.request_id, decoder.worker_id, len(choices), request.source_id, request.num_tokens)
+        for kind in ("retry", "no_worker"):
+            self._timers.clear((request.request_id, kind))
+        self.counters["dispatched"] += 1
+        dispatch = Dispatch(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            incarnation=decoder.incarnation,
+            epoch=decoder.epoch,
+            prompt=submit.prompt,
+            choices=choices,
+            params=submit.params,
+            remaining_ms=max(1, int((submit.deadline - now) * 1000)),
+            sources=tuple(
+                SourceRef(worker_id=ref.worker_id, incarnation=ref.incarnation, address=ref.address) for ref in refs
+            ),
+            cache_salt=submit.cache_salt,
+        )
+        return [ToWorker(worker_id=decoder.worker_id, message=dispatch)]
+
+    def _place_again(self, now: float, request: Tracked, delay_s: float, reason: str) -> None:
+        """Take an attempt back and queue for the next one."""
+        assert request.worker_id is not None, "only a placed request is placed again"
+        request.note(now, reason, request.worker_id)
+        request.avoid.add(request.worker_id)
+        if len(request.avoid) >= len(self.fleet.decoders()):
+            request.avoid = {request.worker_id}
+        self._unassign(request)
+        request.retry_at = now + delay_s * (0.5 + self._rng.random())
+        self._waiting_again[request.request_id] = request
+        self._timers.set((request.request_id, "retry"), request.retry_at)
+        self._timers.set((request.request_id, "no_worker"), now + NO_WORKER_S)
+
+    # ---- what workers say
+
+    def _on_tokens(self, now: float, request: Tracked, tokens: Tokens) -> list[RouterEffect]:
+        verdict = request.judge(tokens)
+        if verdict == "duplicate":
+            self.counters["duplicate_tokens"] += 1
+            return []
+        if verdict == "gap":
+            self.counters["gaps"] += 1
+            message = f"choice {tokens.choice}: position {tokens.position} does not follow"
+            return [*self._abort(request), *self._end(now, request, "internal_error", message)]
+        if not request.answered:
+            self.fleet.prefilled(request.request_id, request.source_id)
+            request.num_retries = 0
+            request.note(now, f"first token, {tokens.path or 'continued'}", request.worker_id or "")
+        request.accept(tokens)
+        effects: list[RouterEffect] = [Deliver(tokens=tokens, path=tokens.path)]
+        return effects + self._end(now, request, None) if request.finished else effects
+
+    def _on_failed(self, now: float, request: Tracked, failed: Failed) -> list[RouterEffect]:
+        if failed.code in (BUSY, REFUSED) and not request.answered:
+            self.counters[f"attempts_{failed.code}"] += 1
+            delay_s = min(MAX_RETRY_S, RETRY_S * 2 ** min(16, request.num_retries))
+            request.num_retries += 1
+            self._place_again(now, request, delay_s, failed.code)
+            return []
+        if failed.code in ERRORS:
+            return self._end(now, request, failed.code, failed.message)
+        return self._end(now, request, "internal_error", f"a worker failed with {failed.code!r}")
+
+    def _drop_link(self, now: float, worker: Worker, reason: str) -> list[RouterEffect]:
+        drop = DropLink(worker_id=worker.info.worker_id, reason=reason)
+        return [drop, *self._lose(now, worker.info.worker_id), *self._place_waiting(now)]
+
+    def _lose(self, now: float, worker_id: str) -> list[RouterEffect]:
+        if self.fleet.down(worker_id) is None:
+            return []
+        self.counters["lost_workers"] += 1
+        self._timers.clear((worker_id, "silence"))
+        effects: list[RouterEffect] = []
+        for request in [r for r in self._requests.values() if r.worker_id == worker_id]:
+            request.num_losses += 1
+            if request.num_outputs or request.num_losses >= MAX_LOSSES:
+                effects += self._end(now, request, "decode_worker_lost")
+            else:
+                self._place_again(now, request, RETRY_S, "decode worker lost")
+        return effects
+
+    # ---- ends
+
+    def _abort(self, request: Tracked) -> list[RouterEffect]:
+        if request.worker_id is None:
+            return []
+        abort = AbortRequest(request_id=request.request_id, attempt=request.attempt)
+        return [ToWorker(worker_id=request.worker_id, message=abort)]
+
+    def _end(self, now: float, request: Tracked, code: str | None, message: str = "") -> list[RouterEffect]:
+        self.counters["finished" if code is None else f"failed_{code}"] += 1
+        request.note(now, code or "finished", request.worker_id or "")
+        self._forget(request)
+        return [Ended(request_id=request.request_id, code=code, message=message)]
+
+    def _unassign(self, request: Tracked) -> None:
+        if request.worker_id is not None:
+            self.fleet.unassign(request.request_id, request.worker_id, request.source_id)
+            request.worker_id = request.source_id = None
+
+    def _forget(self, request: Tracked) -> None:
+        self._unassign(request)
+        request_id = request.request_id
+        del self._requests[request_id]
+        self._waiting.pop(request_id, None)
+        self._waiting_again.pop(request_id, None)
+        for kind in ("deadline", "retry", "no_worker"):
+            self._timers.clear((request_id, kind))
+        self._explained[request_id] = tuple(request.history)
+        if len(self._explained) > MAX_EXPLAINED:
+            self._explained.popitem(last=False)
+
+
+def _has_room(worker: Worker) -> bool:
+    return worker.view().num_sequences < decode_capacity(worker.info)

@@ -1,0 +1,110 @@
+"""What the dispatcher keeps of one request: accepted outputs per choice, the current attempt, and a short history."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from cluster.router.effects import Submit
+from cluster.types import Choice, Path, Tokens
+
+MAX_HISTORY = 16
+Verdict = Literal["accept", "duplicate", "gap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryItem:
+    """Something that happened to a request, for `explain`. `at` is monotonic seconds."""
+
+    at: float
+    event: str
+    worker_id: str = ""
+    attempt: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class ChoiceState:
+    """One continuation: what was accepted, whatever the attempt."""
+
+    index: int
+    seed: int
+    outputs: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class Tracked:
+    """One live request."""
+
+    submit: Submit
+    choices: dict[int, ChoiceState]
+    submitted_at: float
+    attempt: int = 0
+    worker_id: str | None = None  # of the current attempt; None while it waits
+    source_id: str | None = None  # its first source
+    retry_at: float = 0.0
+    num_retries: int = 0  # refused or busy, since it was last accepted
+    num_losses: int = 0  # decode workers lost under it
+    avoid: set[str] = field(default_factory=set)
+    answered: bool = False  # any token of the current attempt was accepted
+    path: Path | None = None
+    history: deque[HistoryItem] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
+
+    @property
+    def request_id(self) -> str:
+        """The server's id."""
+        return self.submit.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens."""
+        return len(self.submit.prompt) // 4
+
+    @property
+    def num_outputs(self) -> int:
+        """Accepted tokens of all choices."""
+        return sum(len(choice.outputs) for choice in self.choices.values())
+
+    @property
+    def finished(self) -> bool:
+        """Every choice is done."""
+        return all(choice.finished for choice in self.choices.values())
+
+    def unfinished(self) -> tuple[Choice, ...]:
+        """What a decode worker is to continue, with everything accepted so far."""
+        return tuple(
+            Choice(index=choice.index, seed=choice.seed, outputs=np.array(choice.outputs, dtype="<i4").tobytes())
+            for choice in self.choices.values()
+            if not choice.finished
+        )
+
+    def judge(self, tokens: Tokens) -> Verdict:
+        """Whether tokens of the current attempt come at exactly the next position of their choice."""
+        choice = self.choices.get(tokens.choice)
+        if choice is None:
+            return "gap"
+        known = len(choice.outputs)
+        if tokens.position == known and not choice.finished:
+            return "accept"
+        return "duplicate" if tokens.position + len(tokens.token_ids) <= known else "gap"
+
+    def accept(self, tokens: Tokens) -> None:
+        """Append what `judge` accepted."""
+        choice = self.choices[tokens.choice]
+        choice.outputs.extend(tokens.token_ids)
+        choice.finished = tokens.finish_reason is not None
+        self.answered = True
+        self.path = tokens.path or self.path
+
+    def note(self, at: float, event: str, worker_id: str = "") -> None:
+        """Add to the history."""
+        self.history.append(HistoryItem(at=at, event=event, worker_id=worker_id, attempt=self.attempt))
+
+
+def track(submit: Submit, now: float) -> Tracked:
+    """A new request; choice i has seed i."""
+    choices = {index: ChoiceState(index=index, seed=seed) for index, seed in enumerate(submit.seeds)}
+    return Tracked(submit=submit, choices=choices, submitted_at=now)
