@@ -7,35 +7,13 @@ text that may turn out to be the beginning of a stop string.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from cluster.types import Tokens
-from engine.request import FinishReason, SamplingParams
+from engine.request import MAX_STOP_BYTES, FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
-
-
-class Detokenizer(Protocol):
-    """Text from tokens, never half a character."""
-
-    def add(self, token_id: int) -> str:
-        """What this token makes certain."""
-        ...
-
-    def finish(self) -> str:
-        """What is left at the end."""
-        ...
-
-
-class StopFilter(Protocol):
-    """Holds back what may begin a stop string."""
-
-    def add(self, text: str) -> tuple[str, str | None]:
-        """(text to show, the stop string that matched)."""
-        ...
-
-    def finish(self) -> str:
-        """What was held back and is text after all."""
-        ...
+from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.stop_strings import StopStrings
+from engine.text.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -52,14 +30,16 @@ class Delta:
 class ChoiceText:
     """One choice of one prompt. `num_tokens` counts what the client pays for: up to the token that ended it."""
 
-    def __init__(self, choice: int, params: SamplingParams, detokenizer: Detokenizer, stops: StopFilter | None):
+    def __init__(self, choice: int, params: SamplingParams, tokenizer: Tokenizer):
         self.choice = choice
         self.num_tokens = 0
         self.finished = False
         self._min_tokens = params.min_tokens
         self._with_logprobs = params.logprobs is not None
-        self._detokenizer = detokenizer
-        self._stops = stops
+        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
+        self._stop = tuple(params.stop)
+        self._stops = StopStrings(self._stop) if self._stop else None
+        self._tail = ""  # enough of the scanned text to say which stop string matched
 
     def add(self, tokens: Tokens) -> Delta | None:
         """Take an arrival. None: nothing to show yet, or the choice had ended before (a stop string overtook D)."""
@@ -75,7 +55,7 @@ class ChoiceText:
                 break
             if self._with_logprobs:
                 delta.tokens.append((token_id, tokens.logprobs[index]))
-            if self._take(delta, self._detokenizer.add(token_id)):
+            if self._take(delta, self._detokenizer.push((token_id,))):
                 return delta
         if tokens.finish_reason is not None:
             self._end(delta, tokens.finish_reason, tokens.stop_token)
@@ -87,19 +67,24 @@ class ChoiceText:
         if self._stops is None or not text or self.num_tokens <= self._min_tokens:
             delta.text += text
             return False
-        shown, matched = self._stops.add(text)
+        self._tail = self._tail[-MAX_STOP_BYTES:] + text
+        shown, stopped = self._stops.push(text)
         delta.text += shown
-        if matched is None:
-            return False
-        self.finished = True
-        delta.finish_reason, delta.stop_reason = str(FinishReason.STOP), matched
-        return True
+        if stopped:
+            self.finished = True
+            delta.finish_reason, delta.stop_reason = str(FinishReason.STOP), self._matched()
+        return stopped
+
+    def _matched(self) -> str:
+        """The stop string that was complete first; of several the longest (as StopStrings decides)."""
+        ends = [(self._tail.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in self._tail]
+        return min(ends)[2]
 
     def _end(self, delta: Delta, reason: FinishReason, stop_token: int | None) -> None:
-        if self._take(delta, self._detokenizer.finish()):
+        if self._take(delta, self._detokenizer.flush()):
             return
         if self._stops is not None:
-            delta.text += self._stops.finish()
+            delta.text += self._stops.flush()
         self.finished = True
         delta.finish_reason = str(reason)
         delta.stop_reason = stop_token

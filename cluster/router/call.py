@@ -151,10 +151,13 @@ class Call:
     async def take(self) -> list[Delta]:
         """What has arrived since the last call, as text; waits. Raises NeapError when the request failed.
 
-        Check `gone` first: then nobody is left to answer.
+        Check `gone` after it: then nobody is left to answer.
         """
         deltas: list[Delta] = []
-        for prompt_index, item in await self.inbox.take():
+        arrivals = await self.inbox.take()
+        if self.gone:
+            return []
+        for prompt_index, item in arrivals:
             if isinstance(item, Deliver):
                 delta = self._add(prompt_index, item)
                 if delta is not None:

@@ -1,13 +1,13 @@
 """The shell around the pure dispatcher: links, timers, and who gets what arrives.
 
-The registry's map says where workers are; a link says whether one lives. So a worker that leaves the map keeps its link
-while that stands, and a worker in the map whose link broke is tried again with a growing pause. When the registry is
-silent, the last map holds.
+The registry's map says where workers are; a link says whether one lives, and reconnects by itself. So a worker that
+leaves the map keeps its link while that stands. When the registry is silent, the last map holds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from cluster.metrics import RouterMetrics
 from cluster.router.effects import Deliver, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
 from cluster.types import Entry, Heartbeat, RouterMessage, WorkerInfo
 
-RECONNECT_S = (0.1, 2.0)  # first and longest pause before a broken link is tried again
 MAX_WORKERS = 4096
 
 log = logging.getLogger("neap.router")
@@ -26,28 +25,32 @@ Receive = Callable[[Deliver | Progress | Ended], None]
 
 
 class Link(Protocol):
-    """A connection to one worker (rpc/link.py)."""
+    """A connection to one worker that reconnects by itself (rpc/link.py). on_welcome and on_down alternate."""
 
     def start(self) -> None:
-        """Connect; the events follow."""
+        """Begin to connect; the events follow."""
         ...
 
     def send(self, message: RouterMessage) -> None:
         """Put a message into the outbox."""
         ...
 
+    def drop(self, reason: str) -> None:
+        """Break the connection now; it connects anew."""
+        ...
+
     async def close(self) -> None:
-        """Break the connection. No event follows."""
+        """Break the connection for good."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkEvents:
-    """What a link tells, on the event loop's thread."""
+    """What a link tells, on the event loop's thread. The str is the worker's id."""
 
     on_welcome: Callable[[WorkerInfo], None]
     on_heartbeat: Callable[[Heartbeat], None]
-    on_entries: Callable[[tuple[Entry, ...]], None]
+    on_entries: Callable[[str, tuple[Entry, ...]], None]
     on_down: Callable[[str], None]
 
 
@@ -72,14 +75,11 @@ class Peer:
     """A worker as this router knows it. `beat` is None until its first heartbeat over the present link."""
 
     info: WorkerInfo
-    link: Link | None = None
+    link: Link
     up: bool = False
     beat: Heartbeat | None = None
     beat_at: float = 0.0
     in_map: bool = True
-    pause_s: float = RECONNECT_S[0]
-    retry: asyncio.TimerHandle | None = None
-    last_error: str = ""
 
 
 class WorkerLinks:
@@ -98,6 +98,7 @@ class WorkerLinks:
         self._timer_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._one_ended = asyncio.Event()
         self.map_seen = False
 
     # ---- requests (call.Cluster)
@@ -110,12 +111,19 @@ class WorkerLinks:
     def cancel(self, request_id: str) -> None:
         """Drop a request now. Unknown ids are ignored."""
         if self._receivers.pop(request_id, None) is not None:
+            self._one_ended.set()
             self._perform(self._dispatcher.on_cancel(self._clock(), request_id))
 
     @property
     def num_requests(self) -> int:
         """Requests handed to the dispatcher that have not ended."""
         return len(self._receivers)
+
+    async def wait_for_end(self, timeout_s: float) -> None:
+        """Until some request ends, or the time is up."""
+        self._one_ended.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._one_ended.wait(), timeout_s)
 
     def fail_all(self, code: str) -> None:
         """End every request with a code of the catalogue (shut-down)."""
@@ -144,36 +152,33 @@ class WorkerLinks:
                 self._forget(worker_id)
         for worker_id, info in named.items():
             known = self._peers.get(worker_id)
-            if known is not None and known.info.incarnation != info.incarnation:
-                self._down(worker_id, known, "a new incarnation is in the registry")
+            if known is not None and known.info.address != info.address:
                 self._forget(worker_id)
                 known = None
             if known is None:
-                self._peers[worker_id] = Peer(info=info)
-                self._open(worker_id)
+                self._open(info)
             elif not known.up:
                 known.info = info
 
-    def _forget(self, worker_id: str) -> None:
-        peer = self._peers.pop(worker_id)
-        if peer.retry is not None:
-            peer.retry.cancel()
-        self._break(peer)
-
-    def _open(self, worker_id: str) -> None:
-        peer = self._peers.get(worker_id)
-        if peer is None or self._closed:
-            return
-        peer.retry = None
+    def _open(self, info: WorkerInfo) -> None:
+        worker_id = info.worker_id
         events = LinkEvents(
-            on_welcome=lambda info: self._welcome(worker_id, link, info),
+            on_welcome=lambda welcome: self._welcome(worker_id, link, welcome),
             on_heartbeat=lambda beat: self._heartbeat(worker_id, link, beat),
-            on_entries=lambda entries: self._entries(worker_id, link, entries),
-            on_down=lambda reason: self._lost(worker_id, link, reason),
+            on_entries=lambda _, entries: self._entries(worker_id, link, entries),
+            on_down=lambda _: self._down(worker_id, link),
         )
-        link = self._connect(peer.info, events)
-        peer.link = link
+        link = self._connect(info, events)
+        self._peers[worker_id] = Peer(info=info, link=link)
         link.start()
+
+    def _forget(self, worker_id: str) -> None:
+        """Close a worker's link for good, and tell the dispatcher if it stood."""
+        peer = self._peers.pop(worker_id)
+        task = asyncio.get_running_loop().create_task(peer.link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        self._tell_down(worker_id, peer)
 
     def _peer(self, worker_id: str, link: Link) -> Peer | None:
         """The peer if `link` is still its link: what an old link says does not count."""
@@ -184,16 +189,16 @@ class WorkerLinks:
         peer = self._peer(worker_id, link)
         if peer is None:
             return
-        if info.worker_id != worker_id:
-            self._lost(worker_id, link, f"another worker answers at {peer.info.address}")
+        if info.worker_id != worker_id:  # an address that was given to another worker since
+            link.drop(f"{info.worker_id} answers at the address of {worker_id}")
             return
         log.info("link to %s is up (%s, epoch %d)", worker_id, info.role, info.epoch)
-        peer.info, peer.up, peer.pause_s, peer.last_error = info, True, RECONNECT_S[0], ""
+        peer.info, peer.up = info, True
         self._perform(self._dispatcher.on_worker_up(self._clock(), info))
 
     def _heartbeat(self, worker_id: str, link: Link, beat: Heartbeat) -> None:
         peer = self._peer(worker_id, link)
-        if peer is None:
+        if peer is None or not peer.up:
             return
         now = self._clock()
         peer.info, peer.beat, peer.beat_at = beat.info, beat, now
@@ -201,40 +206,24 @@ class WorkerLinks:
         self._perform(self._dispatcher.on_heartbeat(now, beat))
 
     def _entries(self, worker_id: str, link: Link, entries: tuple[Entry, ...]) -> None:
-        if self._peer(worker_id, link) is not None:
+        peer = self._peer(worker_id, link)
+        if peer is not None and peer.up:
             self._perform(self._dispatcher.on_entries(self._clock(), worker_id, entries))
 
-    def _lost(self, worker_id: str, link: Link, reason: str) -> None:
+    def _down(self, worker_id: str, link: Link) -> None:
         peer = self._peer(worker_id, link)
-        if peer is not None:
-            self._down(worker_id, peer, reason)
-            self._retry_or_forget(worker_id, peer)
-
-    def _down(self, worker_id: str, peer: Peer, reason: str) -> None:
-        self._break(peer)
-        was_up, peer.up, peer.beat = peer.up, False, None
-        if was_up or peer.last_error != reason:
-            log.warning("link to %s is down: %s", worker_id, reason)
-        peer.last_error = reason
-        self._metrics.on_worker_down(worker_id)
-        if was_up:
-            self._perform(self._dispatcher.on_worker_down(self._clock(), worker_id))
-
-    def _retry_or_forget(self, worker_id: str, peer: Peer) -> None:
-        if self._closed or self._peers.get(worker_id) is not peer:
+        if peer is None:
             return
-        if not peer.in_map:
+        self._tell_down(worker_id, peer)
+        if not peer.in_map and not self._closed:
             self._forget(worker_id)
-            return
-        peer.retry = asyncio.get_running_loop().call_later(peer.pause_s, self._open, worker_id)
-        peer.pause_s = min(2 * peer.pause_s, RECONNECT_S[1])
 
-    def _break(self, peer: Peer) -> None:
-        link, peer.link = peer.link, None
-        if link is not None:
-            task = asyncio.get_running_loop().create_task(link.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+    def _tell_down(self, worker_id: str, peer: Peer) -> None:
+        was_up, peer.up, peer.beat = peer.up, False, None
+        if was_up:
+            log.warning("link to %s is down", worker_id)
+            self._metrics.on_worker_down(worker_id)
+            self._perform(self._dispatcher.on_worker_down(self._clock(), worker_id))
 
     # ---- effects and time
 
@@ -242,7 +231,7 @@ class WorkerLinks:
         for effect in effects:
             if isinstance(effect, ToWorker):
                 peer = self._peers.get(effect.worker_id)
-                if peer is not None and peer.link is not None:  # else its on_worker_down is on the way
+                if peer is not None:  # else its on_worker_down is on the way
                     peer.link.send(effect.message)
             elif isinstance(effect, Deliver):
                 self._hand_over(effect.tokens.request_id, effect)
@@ -250,12 +239,13 @@ class WorkerLinks:
                 self._hand_over(effect.request_id, effect)
             elif isinstance(effect, Ended):
                 receive = self._receivers.pop(effect.request_id, None)
+                self._one_ended.set()
                 if effect.code is not None:
                     log.warning("request %s failed: %s %s", effect.request_id, effect.code, effect.message)
                 if receive is not None:
                     receive(effect)
             else:
-                self._drop(effect)
+                self._drop(effect)  # its on_down comes from the link's own task, after these effects
         self._arm()
 
     def _hand_over(self, request_id: str, effect: Deliver | Progress) -> None:
@@ -265,9 +255,9 @@ class WorkerLinks:
 
     def _drop(self, effect: DropLink) -> None:
         peer = self._peers.get(effect.worker_id)
-        if peer is not None and peer.link is not None:
-            # not from inside the dispatcher's own effects: its on_worker_down must come after them
-            asyncio.get_running_loop().call_soon(self._lost, effect.worker_id, peer.link, effect.reason)
+        if peer is not None:
+            log.warning("link to %s is dropped: %s", effect.worker_id, effect.reason)
+            peer.link.drop(effect.reason)
 
     def _arm(self) -> None:
         """Keep one timer that is never later than the dispatcher wants; one that fires early just arms again."""

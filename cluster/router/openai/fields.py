@@ -167,7 +167,7 @@ def _plain_message(item: dict[str, Any], prefix: str) -> dict[str, Any]:
         if not isinstance(text, str):
             raise RequestError("invalid_value", f"{where}.text must be a string.", param=f"{where}.text")
         texts.append(text)
-    return kept | {"content": "".join(texts)}
+    return kept | {"content": "\n".join(texts)}
 
 
 def validate(model: type[_Model], data: Mapping[str, Any], endpoint: str) -> _Model:

@@ -1,0 +1,135 @@
+"""From the bytes of a request to a GenerationResponse: read, check, tokenise, plan. Everything that can be refused is
+refused in here, before the cluster hears of it; cheap checks come before dear ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from cluster.errors import RequestError, UnavailableError
+from cluster.router.answer import ChoiceText
+from cluster.router.body import parse_object, read_body
+from cluster.router.call import Call
+from cluster.router.guard import REQUEST_ID
+from cluster.router.openai.answers import AnswerHead, ChatFormat, CompletionFormat
+from cluster.router.openai.chat import ROLES, ChatRequest, parse_chat
+from cluster.router.openai.completions import CompletionRequest, parse_completion
+from cluster.router.openai.sampling import check_token_ids, sampling_params
+from cluster.router.plan import Plan, check_cost, make_plan, parse_timeout
+from cluster.router.respond import AnswerOptions, GenerationResponse
+from cluster.router.service import RouterService
+from engine.text.tokenizer import Tokenizer
+
+# a body above this is parsed off the event loop: 1 MiB of JSON takes some 10 ms
+INLINE_BODY_BYTES = 32 << 10
+
+
+async def chat(request: Request, service: RouterService) -> GenerationResponse:
+    """POST /v1/chat/completions. Raises NeapError."""
+    return await _generate(request, service, parse_chat)
+
+
+async def completion(request: Request, service: RouterService) -> GenerationResponse:
+    """POST /v1/completions. Raises NeapError."""
+    return await _generate(request, service, parse_completion)
+
+
+async def _generate(
+    http: Request, service: RouterService, parse: Callable[[dict[str, Any]], ChatRequest | CompletionRequest]
+) -> GenerationResponse:
+    started = service.clock()
+    service.check_open()
+    deadline = started + parse_timeout(http.headers.get("x-neap-timeout-ms"), service.spec.default_timeout_s)
+    body = await read_body(http.scope, http.receive, service.spec.max_body_bytes)
+    read = partial(_read, body, parse)
+    request = read() if len(body) <= INLINE_BODY_BYTES else await service.off_loop(read)
+    service.metrics.requests.labels("chat" if isinstance(request, ChatRequest) else "completions").inc()
+    service.check_model(request.model)
+    limits, text = service.limits(), service.text
+    if text is None:
+        raise UnavailableError("model_not_ready", retry_after_s=2.0)
+    params = sampling_params(request, service.defaults, limits.vocab_size)
+    check_cost(request, _sizes(request), limits.max_model_len, _param(request))
+    prompts = await service.off_loop(partial(_encode, text, request))
+    for prompt in prompts:
+        check_token_ids(prompt, limits.vocab_size)
+    plan = make_plan(
+        request,
+        prompts,
+        params,
+        request_id=http.scope[REQUEST_ID],
+        max_model_len=limits.max_model_len,
+        deadline=deadline,
+    )
+    return _response(service, text, request, plan, started)
+
+
+def _read(body: bytes, parse: Callable[[dict[str, Any]], ChatRequest | CompletionRequest]) -> Any:
+    request = parse(parse_object(body))
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("invalid_value", "stream_options needs stream to be true.", param="stream_options")
+    return request
+
+
+def _param(request: ChatRequest | CompletionRequest) -> str:
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
+
+
+def _sizes(request: ChatRequest | CompletionRequest) -> list[tuple[int, bool]]:
+    if isinstance(request, ChatRequest):
+        return [(sum(len(message.content) for message in request.messages), False)]
+    return [(len(prompt), not isinstance(prompt, str)) for prompt in request.prompts]
+
+
+def _encode(text: Tokenizer, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+    """Runs in a text thread. Raises RequestError."""
+    try:
+        if isinstance(request, ChatRequest):
+            turns = [{"role": ROLES[turn.role], "content": turn.content} for turn in request.messages]
+            prompts = [text.encode_chat(turns)]
+        else:
+            prompts = [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+    except ValueError:
+        # the words of a template or a tokenizer are not of our catalogue
+        message = "The model's chat template does not accept these messages."
+        if not isinstance(request, ChatRequest):
+            message = "The prompt can't be tokenised."
+        raise RequestError("invalid_value", message, param=_param(request)) from None
+    if not all(prompts):
+        raise RequestError("invalid_value", "The prompt has no tokens.", param=_param(request))
+    return prompts
+
+
+def _response(
+    service: RouterService, text: Tokenizer, request: ChatRequest | CompletionRequest, plan: Plan, started: float
+) -> GenerationResponse:
+    is_chat = isinstance(request, ChatRequest)
+    head = AnswerHead(
+        id=f"{'chatcmpl' if is_chat else 'cmpl'}-{plan.request_id}",
+        created=service.created + int(started - service.started_at),
+        model=service.spec.served_model_name,
+    )
+    answer_format = (ChatFormat if is_chat else CompletionFormat)(
+        head, logprobs=plan.params.logprobs, token_bytes=text.token_bytes.piece
+    )
+    stream = request.stream_options
+    options = AnswerOptions(
+        stream=request.stream,
+        include_usage=stream is not None and stream.include_usage,
+        continuous_usage=stream is not None and stream.continuous_usage_stats,
+    )
+
+    def make_call(on_overflow: Callable[[], None]) -> Call:
+        return Call(
+            plan,
+            lambda choice: ChoiceText(choice, plan.params, text),
+            service.calls,
+            started=started,
+            on_overflow=on_overflow,
+        )
+
+    return GenerationResponse(make_call, answer_format, options, service.metrics)
