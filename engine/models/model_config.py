@@ -6,13 +6,15 @@ Accepts both spellings in circulation: the original ones (`rope_theta`) and thos
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 ModelType = Literal["ernie4_5", "ernie4_5_moe"]
 CheckpointDType = Literal["float32", "bfloat16", "float16"]
+
+Parsed = TypeVar("Parsed")
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT_ROPE_THETA = 500000.0
@@ -55,18 +57,28 @@ class ModelConfig:
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
-    """Read `model_dir`/config.json. Raises ValueError naming the file and the key that is missing or unsupported."""
-    path = model_dir / "config.json"
+    """Read `model_dir`/config.json, and the further eos ids that generation_config.json may name.
+
+    Raises ValueError naming the file and the key that is missing or unsupported.
+    """
+    config = _parse_file(model_dir / "config.json", parse_model_config)
+    if not (model_dir / "generation_config.json").exists():
+        return config
+    more = _parse_file(model_dir / "generation_config.json", _eos_token_ids)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+
+
+def _parse_file(path: Path, parse: Callable[[Mapping[str, object]], Parsed]) -> Parsed:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ValueError(f"{model_dir} holds no config.json: it is not a checkpoint folder") from error
+        raise ValueError(f"{path.parent} holds no {path.name}: it is not a checkpoint folder") from error
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected an object at the top")
     try:
-        return parse_model_config(values)
+        return parse(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -96,7 +108,7 @@ def parse_model_config(values: Mapping[str, object]) -> ModelConfig:
         rope_theta=_rope_theta(values),
         max_position_embeddings=_positive(values, "max_position_embeddings", 131072),
         tie_word_embeddings=_flag(values, "tie_word_embeddings", True),
-        eos_token_ids=_eos_token_ids(values),
+        eos_token_ids=_eos_token_ids({"eos_token_id": 2, **values}),
         dtype=_dtype(values),
         moe=_moe(values, num_layers) if model_type == "ernie4_5_moe" else None,
     )
@@ -177,7 +189,7 @@ def _rope_theta(values: Mapping[str, object]) -> float:
 
 
 def _eos_token_ids(values: Mapping[str, object]) -> tuple[int, ...]:
-    value = values.get("eos_token_id", 2)
+    value = values.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
