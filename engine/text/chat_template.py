@@ -122,7 +122,7 @@ class ChatTemplate:
                 if size > MAX_RENDERED_CHARS:
                     raise ValueError(f"the chat template's output exceeds {MAX_RENDERED_CHARS} characters")
                 pieces.append(piece)
-        except (jinja2.TemplateError, TypeError, KeyError, OverflowError) as error:
+        except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"the chat template does not accept these messages: {error}") from error
         return "".join(pieces)
 
