@@ -1,0 +1,146 @@
+"""The HTTP endpoints of a router. Validation and answers live in generate.py and respond.py, errors in guard.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+
+from cluster.errors import NeapError, RequestError, UnavailableError
+from cluster.router import generate
+from cluster.router.dispatch import DispatchStatus
+from cluster.router.docs_page import PAGE, body_of, openapi
+from cluster.router.guard import REQUEST_ID, Guard
+from cluster.router.openai.chat import ChatRequest
+from cluster.router.openai.completions import CompletionRequest
+from cluster.router.openai.errors import error_response
+from cluster.router.service import RouterService
+from cluster.router.status import model_json, readiness_json, status_json, version
+from cluster.spec import RouterSpec
+
+
+def create_app(spec: RouterSpec, service: RouterService, dispatch_status: Callable[[], DispatchStatus]) -> FastAPI:
+    """The app of one router. Start and stop of the service's links are the server's (server.py)."""
+    app = FastAPI(
+        title="neap",
+        version=version(),
+        description="ERNIE 4.5 on a cluster of prefill and decode workers.",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Guard, api_key=spec.api_key, metrics=service.metrics)
+    _add_error_handlers(app, service)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_health(app, service)
+    _add_operation(app, service, dispatch_status)
+    return app
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status_code=status, media_type="application/json")
+
+
+def _add_error_handlers(app: FastAPI, service: RouterService) -> None:
+    """What the framework itself raises, in our words."""
+
+    def respond(request: Request, error: NeapError, headers: dict[str, str]) -> Response:
+        service.metrics.errors.labels(error.code).inc()
+        response = error_response(error, request.scope[REQUEST_ID])
+        response.headers.update(headers)
+        return response
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        if code is None:
+            code = "internal_error" if error.status_code >= 500 else "invalid_value"
+        known = UnavailableError(code) if code == "internal_error" else RequestError(code)
+        return respond(request, known, dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        return respond(request, RequestError("invalid_value"), {})
+
+
+def _add_generation(app: FastAPI, service: RouterService) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), response_class=Response)
+    async def chat_completions(request: Request) -> Response:
+        """Continue a conversation; with stream true as server-sent events."""
+        return await generate.chat(request, service)
+
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), response_class=Response)
+    async def completions(request: Request) -> Response:
+        """Continue up to 32 prompts, given as text or as token ids; with stream true as server-sent events."""
+        return await generate.completion(request, service)
+
+
+def _add_models(app: FastAPI, service: RouterService) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The model, while it can be served."""
+        model = model_json(service)
+        return _json({"object": "list", "data": [] if model is None else [model]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> Response:
+        """One model by name."""
+        service.check_model(model_id)
+        entry = model_json(service)
+        if entry is None:
+            raise UnavailableError("model_not_ready", retry_after_s=2.0)
+        return _json(entry)
+
+
+def _add_health(app: FastAPI, service: RouterService) -> None:
+    @app.get("/health/live")
+    async def live() -> Response:
+        """Always 200 while the event loop runs."""
+        return _json({"status": "live"})
+
+    async def ready() -> Response:
+        """200 while the model can be served, else 503 with how far it is and why."""
+        readiness = service.readiness()
+        return _json(readiness_json(readiness), 200 if readiness.ready else 503)
+
+    app.get("/health/ready")(ready)
+    app.get("/health")(ready)
+
+
+def _add_operation(app: FastAPI, service: RouterService, dispatch_status: Callable[[], DispatchStatus]) -> None:
+    document: dict[str, Any] = {}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def neap_version() -> Response:
+        """The version of this router."""
+        return _json({"version": version()})
+
+    @app.get("/status")
+    async def status() -> Response:
+        """Workers, roles, epochs, states, load, KV use, links and queue, for `neap status`."""
+        return _json(status_json(service, dispatch_status()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi_json() -> Response:
+        """This API as OpenAPI 3.1."""
+        if not document:
+            document.update(openapi(app, (ChatRequest, CompletionRequest)))
+        return _json(document)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """The same for people."""
+        return HTMLResponse(PAGE)

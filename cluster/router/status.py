@@ -1,0 +1,114 @@
+"""JSON for people and tools: /status (for `neap status`), /health/ready, /v1/models, /version."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from cluster.router.dispatch import DispatchStatus, WorkerStatus
+from cluster.router.service import Readiness, RouterService
+
+Json = dict[str, Any]
+
+
+def version() -> str:
+    """The distribution's version; "source" when it runs from a tree that was never installed."""
+    try:
+        return metadata.version("neap-serve")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def readiness_json(readiness: Readiness) -> Json:
+    """The body of /health and /health/ready."""
+    return {
+        "status": "ready" if readiness.ready else "starting" if readiness.stage != "draining" else "draining",
+        "stage": readiness.stage,
+        "percent": readiness.percent,
+        "reason": readiness.reason,
+        "prefill_ready": readiness.prefill_ready,
+        "decode_ready": readiness.decode_ready,
+    }
+
+
+def model_json(service: RouterService) -> Json | None:
+    """The served model's entry in /v1/models, or None while it can't be served."""
+    if not service.readiness().ready:
+        return None
+    return {
+        "id": service.spec.served_model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "neap",
+        "max_model_len": service.limits().max_model_len,
+    }
+
+
+def status_json(service: RouterService, dispatch: DispatchStatus) -> Json:
+    """Everything that `neap status` shows."""
+    by_id = {worker.info.worker_id: worker for worker in dispatch.workers}
+    workers = []
+    for peer in service.links.peers():
+        known = by_id.get(peer.info.worker_id)
+        entry: Json = {
+            "worker_id": peer.info.worker_id,
+            "role": peer.info.role,
+            "state": peer.info.state,
+            "epoch": peer.info.epoch,
+            "incarnation": peer.info.incarnation,
+            "pool": peer.info.pool,
+            "node": peer.info.node,
+            "pid": peer.info.pid,
+            "address": peer.info.address,
+            "model": peer.info.model,
+            "numerics_class": peer.info.numerics_class,
+            "max_model_len": peer.info.max_model_len,
+            "max_num_seqs": peer.info.max_num_seqs,
+            "link": "up" if peer.up else "down",
+            "heartbeat_age_ms": int((service.clock() - peer.beat_at) * 1000) if peer.beat else None,
+        }
+        workers.append(entry | (_load_json(known) if known is not None else {"load": None}))
+    return {
+        "router_id": service.spec.router_id,
+        "version": version(),
+        "model": service.spec.served_model_name,
+        "policy": service.spec.policy,
+        "uptime_s": round(service.clock() - service.started_at, 1),
+        "readiness": readiness_json(service.readiness()),
+        "requests": {
+            "queued": service.admission.num_queued,
+            "running": service.admission.num_running,
+            "waiting_for_a_worker": dispatch.num_waiting,
+            "max_queue": service.spec.max_queue,
+            "max_running": service.spec.max_running,
+        },
+        "counters": dispatch.counters,
+        "workers": workers,
+    }
+
+
+def _load_json(worker: WorkerStatus) -> Json:
+    load = worker.load
+    used = load.num_referenced_blocks
+    return {
+        "hung": worker.hung,
+        "assigned": worker.num_sequences,
+        "step_count": worker.step_count,
+        "step_age_ms": worker.step_age_ms,
+        "load": {
+            "running": load.num_running,
+            "waiting": load.num_waiting,
+            "served": load.num_served,
+            "queued_tokens": load.queued_tokens,
+            "kv_use": round(used / load.num_blocks, 4) if load.num_blocks else 0.0,
+            "blocks": load.num_blocks,
+            "free_blocks": load.num_free_blocks,
+            "referenced_blocks": used,
+            "quarantined_blocks": load.num_quarantined_blocks,
+            "prefix_cache_queries": load.prefix_cache_queries,
+            "prefix_cache_hits": load.prefix_cache_hits,
+            "preemptions": load.num_preemptions,
+            "prompt_tokens": load.prompt_tokens,
+            "generation_tokens": load.generation_tokens,
+        },
+    }
