@@ -238,20 +238,27 @@ class WorkerLinks:
             elif isinstance(effect, Progress):
                 self._hand_over(effect.request_id, effect)
             elif isinstance(effect, Ended):
-                receive = self._receivers.pop(effect.request_id, None)
-                self._one_ended.set()
                 if effect.code is not None:
                     log.warning("request %s failed: %s %s", effect.request_id, effect.code, effect.message)
-                if receive is not None:
-                    receive(effect)
+                self._hand_over(effect.request_id, effect)
+                self._receivers.pop(effect.request_id, None)
+                self._one_ended.set()
             else:
                 self._drop(effect)  # its on_down comes from the link's own task, after these effects
         self._arm()
 
-    def _hand_over(self, request_id: str, effect: Deliver | Progress) -> None:
+    def _hand_over(self, request_id: str, effect: Deliver | Progress | Ended) -> None:
         receive = self._receivers.get(request_id)
-        if receive is not None:
+        if receive is None:
+            return
+        try:
             receive(effect)
+        except Exception:
+            # a fault in one request's answer must not break the link, and with it everybody's
+            log.exception("request %s: its answer failed", request_id)
+            asyncio.get_running_loop().call_soon(self.cancel, request_id)
+            if not isinstance(effect, Ended):
+                receive(Ended(request_id=request_id, code="internal_error"))
 
     def _drop(self, effect: DropLink) -> None:
         peer = self._peers.get(effect.worker_id)

@@ -1,0 +1,185 @@
+"""The router's process: sockets, signals, start and stop.
+
+1. bind, serve /health at once; the tokenizer loads and the registry is watched meanwhile
+2. SIGTERM or SIGINT: admit nothing more (503 shutting_down), let streams finish for DRAIN_S, end the rest with an
+   error event, close links and sockets. A second signal, or the parent's end, cuts the waiting short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from random import Random
+
+import uvicorn
+import uvloop
+
+from cluster.metrics import RouterMetrics
+from cluster.registry.registry import RegistryClient
+from cluster.router.app import create_app
+from cluster.router.dispatch import Dispatcher
+from cluster.router.policies import policy_named
+from cluster.router.protocol import BoundedHttpProtocol
+from cluster.router.service import RouterService
+from cluster.router.workers import Connect, Link, LinkEvents, WorkerLinks
+from cluster.rpc.link import LinkClient
+from cluster.spec import RouterSpec
+from cluster.types import WorkerInfo
+
+DRAIN_S = 20.0  # below the controller's patience
+CLOSE_S = 2.0  # for connections whose answers are written
+KEEP_ALIVE_S = 65
+BACKLOG = 1024
+
+log = logging.getLogger("neap.router")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: ours drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+class RouterProcess:
+    """Everything of one router, on one event loop. Raises ValueError for a spec that can't be."""
+
+    def __init__(self, spec: RouterSpec, *, connect: Connect | None = None):
+        self.spec = spec
+        self._metrics = RouterMetrics()
+        self._dispatcher = Dispatcher(
+            policy_named(spec.policy), Random(spec.router_id), max_waiting=spec.max_queue + spec.max_running
+        )
+        self._links = WorkerLinks(
+            self._dispatcher, connect or self._connect, metrics=self._metrics, clock=time.monotonic
+        )
+        self.service = RouterService(spec, self._links, metrics=self._metrics)
+        app = create_app(spec, self.service, self._dispatcher.status)
+        config = uvicorn.Config(
+            app,
+            http=BoundedHttpProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(CLOSE_S),
+        )
+        self._server = _Server(config)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    def _connect(self, info: WorkerInfo, events: LinkEvents) -> Link:
+        return LinkClient(
+            info, self.spec.router_id, events.on_welcome, events.on_heartbeat, events.on_entries, events.on_down
+        )
+
+    def stop(self) -> None:
+        """Begin to drain; the second time: stop waiting."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    def abandon(self) -> None:
+        """Nobody is left to wait for us."""
+        self._stop.set()
+        self._hurry.set()
+
+    async def run(self, sock: socket.socket, on_listening: Callable[[str, int], None]) -> None:
+        """Serve until stopped. Raises ValueError when the checkpoint's folder has no tokenizer."""
+        registry = RegistryClient(self.spec.registry) if self.spec.registry else None
+        async with asyncio.TaskGroup() as group:
+            background = [group.create_task(self.service.load_text()), group.create_task(self.service.measure_lag())]
+            if registry is not None:
+                background.append(group.create_task(self._links.follow(registry.watch())))
+            serving = group.create_task(self._server.serve(sockets=[sock]))
+            host, port = sock.getsockname()[:2]
+            on_listening(host, port)
+            await self._stop.wait()
+            await self._drain()
+            self._server.should_exit = True
+            await serving
+            for task in background:
+                task.cancel()
+        await self._links.close()
+        self.service.close()
+        if registry is not None:
+            await registry.close()
+
+    async def _drain(self) -> None:
+        log.info("stopping: %d requests are running", self._links.num_requests)
+        draining = asyncio.create_task(self.service.drain(DRAIN_S))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        hurrying.cancel()
+        await self.service.drain(0.0)
+
+
+def listen(spec: RouterSpec) -> socket.socket:
+    """A listening socket whose connections get a small send buffer, so that a client that doesn't read is noticed.
+
+    Raises OSError if the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # accepted sockets inherit it; the kernel doubles it for its own book-keeping
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, spec.stream_buffer_bytes // 4)
+        sock.bind((spec.host.strip("[]"), spec.port))
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def run_router(spec: RouterSpec, on_listening: Callable[[str, int], None]) -> None:
+    """Run a router until a signal, or until the parent's pipe on stdin ends. Raises OSError, ValueError."""
+    sock = listen(spec)
+
+    async def main() -> None:
+        process = RouterProcess(spec)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, process.stop)
+        if parent_pipe_given():
+            loop.add_reader(0, _on_parent_pipe, loop, process)
+        await process.run(sock, on_listening)
+
+    with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(main())
+        except ExceptionGroup as group:  # of the tasks; a wrong checkpoint folder is the user's
+            values = group.subgroup(ValueError)
+            if values is None:
+                raise
+            raise ValueError(str(values.exceptions[0])) from None
+
+
+def parent_pipe_given() -> bool:
+    """Whether stdin is a pipe that whoever started us holds."""
+    try:
+        return stat.S_ISFIFO(os.fstat(0).st_mode)
+    except OSError:
+        return False
+
+
+def _on_parent_pipe(loop: asyncio.AbstractEventLoop, process: RouterProcess) -> None:
+    if not os.read(0, 4096):
+        loop.remove_reader(0)
+        log.warning("the process that started this one is gone")
+        process.abandon()
