@@ -36,10 +36,9 @@ class StepCost:
         """The most query tokens, up to `at_most`, whose row_ms stays within `budget_ms`; 0 if none does."""
         if self.row_ms(at_most, num_computed) <= budget_ms:
             return at_most
-        # a q^2 + b q = budget, with a = k/2 and b = m + k (num_computed + 1/2), k per single key
+        # a q^2 + b q = budget, with a = k/2 and b = m + k (num_computed + 1/2); solved in the form that suits a = 0
         a = self.ms_per_token_kilocontext / 2000
         b = self.ms_per_token + self.ms_per_token_kilocontext * (num_computed + 0.5) / 1000
         if budget_ms <= 0:
             return 0
-        root = budget_ms / b if a == 0 else (math.sqrt(b * b + 4 * a * budget_ms) - b) / (2 * a)
-        return min(at_most, math.floor(root))
+        return min(at_most, math.floor(2 * budget_ms / (b + math.sqrt(b * b + 4 * a * budget_ms))))

@@ -282,7 +282,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.reserving.pop(reply.request_id, None)
             elif isinstance(reply, m.ServeBusy):
                 self.calls.pop(reply.call_id, None)
-            elif reply.call_id in self.calls if not hasattr(reply, "request_id") else False:
+            elif not isinstance(reply, m.Probed) and reply.call_id in self.calls:
                 self.see_served(reply, self.calls[reply.call_id])
 
     def see_tokens(self, message: m.NewTokens) -> None:
@@ -381,7 +381,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 def run(runner_class: type[FakeRunner], max_examples: int, num_rules: int) -> None:
     run_state_machine_as_test(
-        lambda: SchedulerMachine(runner_class),
+        lambda: SchedulerMachine(runner_class),  # type: ignore[arg-type]
         settings=settings(max_examples=max_examples, stateful_step_count=num_rules, deadline=None),
     )
 
