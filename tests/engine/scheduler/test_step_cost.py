@@ -15,8 +15,11 @@ def test_prediction_adds_rows_to_the_fixed_part() -> None:
     assert cost.predict([(1, 999), (3, 0)]) == pytest.approx(2.0 + 0.5 + 1.0 + 1.5 + 0.006)
 
 
+milliseconds = st.integers(0, 10_000).map(lambda thousandths: thousandths / 1000)
+
+
 @settings(deadline=None)
-@given(st.floats(0.0, 1.0), st.floats(0.0, 10.0), st.floats(-1.0, 200.0), st.integers(0, 100_000), st.integers(1, 5000))
+@given(milliseconds, milliseconds, st.floats(-1.0, 200.0), st.integers(0, 100_000), st.integers(1, 5000))
 def test_the_longest_chunk_fits_and_one_more_token_does_not(
     per_token: float, per_context: float, budget_ms: float, num_computed: int, at_most: int
 ) -> None:
