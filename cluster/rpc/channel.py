@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from grpc import aio
 
-# A link carries prompts (4 bytes a token, 8 choices with their outputs at most), a Fetch pieces of about 4 MiB.
-MAX_MESSAGE_BYTES = 16 << 20
+# A link carries prompts (4 bytes a token, with the outputs of 8 choices at most); a Fetch pieces of at least one block,
+# and a block of the largest model has 15 MB.
+MAX_MESSAGE_BYTES = 64 << 20
 
 _SIZES = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -1,0 +1,178 @@
+"""The rank process: one engine, stepped as fast as it has work; `python -m cluster.worker.rank SPEC.json`.
+
+    1. die with the parent (PDEATHSIG, and a pipe that a thread watches for EOF); leave signals to the parent
+    2. build the engine: RankProgress* then RankReady
+    3. until Shutdown: commands -> EngineCore.step() -> one StepEvents; asleep while there is nothing to do
+    4. any exception: RankFailed, exit code 1
+Nothing here waits for the network: an event that does not fit for EVENT_TIMEOUT_S ends the rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass, replace
+from time import sleep
+
+import msgspec
+
+from cluster.spec import FakeSpec
+from cluster.worker.rank_rings import RankEnd, RankSpec
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.fake_engine import FakeConfig, FakeModel, build_fake_engine
+from engine.kv.memory import KVMemory
+from engine.messages import RankFailed, RankProgress, RankReady
+from engine.scheduler.step_cost import StepCost
+
+_log = logging.getLogger(__name__)
+EVENT_TIMEOUT_S = 60.0
+IDLE_POLL_S = 1.0
+STALLED_POLL_S = 0.002  # work, but nothing to schedule: only a command or time changes that
+_PR_SET_PDEATHSIG = 1
+_FAKE_SPECIAL_TOKENS = 3  # pad, bos, eos: never drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningEngine:
+    """An engine as the loop needs it. `memory` stays open as long as the rank lives."""
+
+    core: EngineCore
+    memory: KVMemory | None
+    ready: RankReady
+
+
+def fake_config(engine: EngineConfig, fake: FakeSpec) -> FakeConfig:
+    """The exact fake that a spec asks for. Its oracle is `.model`."""
+    return FakeConfig(
+        engine=replace(engine, max_model_len=fake.max_model_len, block_size=fake.block_size),
+        model=FakeModel(
+            vocab_size=fake.vocab_size,
+            vocabulary=range(_FAKE_SPECIAL_TOKENS, fake.vocab_size),
+            stop_probability=fake.stop_probability,
+        ),
+        speed=StepCost(fixed_ms=fake.fixed_ms, ms_per_token=fake.ms_per_token),
+        num_blocks=fake.num_blocks,
+    )
+
+
+def main(argument: str) -> int:
+    """Run a rank; `argument` is a RankSpec as JSON. Returns the exit code."""
+    spec = msgspec.json.decode(argument, type=RankSpec)
+    _die_with_parent(spec)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(levelname)s %(name)s: %(message)s")
+    end = RankEnd(spec.fds)
+    try:
+        engine = _build(spec, end)
+        end.send(engine.ready, timeout_s=EVENT_TIMEOUT_S)
+        _run(engine.core, end)
+    except ValueError as error:  # options and checkpoints: the message says it all
+        _log.error("%s", error)
+        return _fail(end, str(error))
+    except Exception as error:
+        _log.exception("the rank failed")
+        return _fail(end, f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _fail(end: RankEnd, message: str) -> int:
+    try:
+        end.send(RankFailed(message=message[:2000]), timeout_s=1.0)
+    except Exception:
+        _log.exception("nobody hears of it")
+    return 1
+
+
+def _die_with_parent(spec: RankSpec) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != spec.parent_pid:
+        os._exit(1)
+    threading.Thread(target=_watch_parent, args=(spec.fds.parent,), name="parent", daemon=True).start()
+
+
+def _watch_parent(pipe: int) -> None:
+    """Leave at once when the network process is gone, whatever the engine does at that moment."""
+    os.read(pipe, 1)
+    os._exit(1)
+
+
+def _build(spec: RankSpec, end: RankEnd) -> RunningEngine:
+    if spec.fake is not None:
+        return _build_fake(spec.engine, spec.fake)
+    from engine.engine import build_engine  # loads torch, which the fake does without
+
+    def progress(stage: str, done: int, total: int) -> None:
+        end.send(RankProgress(stage=stage, done=done, total=total), timeout_s=EVENT_TIMEOUT_S)
+
+    built = build_engine(spec.engine, progress=progress)
+    layout, memory = built.layout, built.memory
+    ready = RankReady(
+        kv_path=memory.path if memory else "",
+        kv_nonce=memory.nonce if memory else b"",
+        num_blocks=layout.num_blocks,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        block_size=layout.block_size,
+        head_dim=layout.head_dim,
+        kv_dtype=layout.dtype,
+        identity=built.identity,
+        numerics_class=built.numerics_class,
+        checksum_algorithm=built.checksum_algorithm,
+        max_model_len=built.max_model_len,
+        max_num_seqs=spec.engine.max_num_seqs,
+        vocab_size=built.model_config.vocab_size,
+        eos_token_ids=tuple(built.model_config.eos_token_ids),
+    )
+    return RunningEngine(core=built.core, memory=memory, ready=ready)
+
+
+def _build_fake(engine: EngineConfig, fake: FakeSpec) -> RunningEngine:
+    config = fake_config(engine, fake)
+    memory = KVMemory.create(config.layout)
+    core = build_fake_engine(config, memory=memory, sleep=sleep)
+    ready = RankReady(
+        kv_path=memory.path,
+        kv_nonce=memory.nonce,
+        num_blocks=config.layout.num_blocks,
+        num_layers=config.layout.num_layers,
+        num_kv_heads=config.layout.num_kv_heads,
+        block_size=config.layout.block_size,
+        head_dim=config.layout.head_dim,
+        kv_dtype=config.layout.dtype,
+        identity=config.model.identity,
+        numerics_class="fake",
+        checksum_algorithm=core.runner.checksum_algorithm,
+        max_model_len=config.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        vocab_size=config.model.vocab_size,
+        eos_token_ids=(config.model.eos_token_id,),
+    )
+    return RunningEngine(core=core, memory=memory, ready=ready)
+
+
+def _run(core: EngineCore, end: RankEnd) -> None:
+    while not core.shutdown_asked:
+        for command in end.receive():
+            core.submit(command)
+        if not core.has_work:
+            end.wait(IDLE_POLL_S)
+            continue
+        end.status.begin_step()
+        events = core.step()
+        end.status.end_step()
+        if events is None:
+            end.wait(STALLED_POLL_S)
+        else:
+            end.send(events, timeout_s=EVENT_TIMEOUT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
