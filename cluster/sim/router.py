@@ -1,0 +1,173 @@
+"""A router on the virtual clock: the real dispatcher, links that reconnect, and clients that check what they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Protocol
+
+from cluster.router.dispatch import Dispatcher
+from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, Submit, ToWorker
+from cluster.router.policies import policy_named
+from cluster.sim.clock import VirtualClock
+from cluster.sim.journal import Journal, describe
+from cluster.sim.network import Connection, End, Network
+from cluster.sim.process import SimProcess
+from cluster.sim.worker import SimWorker
+from cluster.types import Heartbeat, Path, WorkerInfo
+
+RECONNECT_S = 0.2
+
+
+@dataclass(kw_only=True)
+class SimResult:
+    """What a client got. `code` None with `ended_at` set: every choice finished."""
+
+    submit: Submit
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+    code: str | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    cancelled_at: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """Neither ended nor cancelled."""
+        return self.ended_at is None and self.cancelled_at is None
+
+
+class RouterWorld(Protocol):
+    """What a router needs of the cluster around it."""
+
+    clock: VirtualClock
+    network: Network
+    journal: Journal
+
+    def live_worker(self, worker_id: str) -> SimWorker | None:
+        """The worker that the registry names, if there is one."""
+        ...
+
+
+class SimRouter:
+    """One router with its clients."""
+
+    def __init__(self, world: RouterWorld, router_id: str, *, policy: str, rng: Random) -> None:
+        self.router_id = router_id
+        self._world = world
+        self.process = SimProcess(world.clock, router_id)
+        self.dispatcher = Dispatcher(policy_named(policy), rng)
+        self.results: dict[str, SimResult] = {}
+        self._links: dict[str, Connection] = {}
+        self._num_links = 0
+        self._wake_up_at = float("inf")
+
+    # ---- clients
+
+    def submit(self, submit: Submit) -> None:
+        """A client's request, validated and tokenised."""
+        self.results[submit.request_id] = SimResult(submit=submit)
+        self.process.post(lambda: self._do(self.dispatcher.on_submit(self._world.clock.now, submit)))
+
+    def cancel(self, request_id: str) -> None:
+        """The client goes away."""
+        result = self.results[request_id]
+        if result.live:
+            result.cancelled_at = self._world.clock.now
+        self.process.post(lambda: self._do(self.dispatcher.on_cancel(self._world.clock.now, request_id)))
+
+    # ---- links
+
+    def connect(self, worker_id: str) -> None:
+        """Connect to a worker, and again for as long as there is none."""
+        if not self.process.alive or worker_id in self._links:
+            return
+        worker = self._world.live_worker(worker_id)
+        if worker is None:
+            self._connect_later(worker_id)
+            return
+        self._num_links += 1
+        link_id = f"{self.router_id}#{self._num_links}"
+        here = End(
+            process=self.process,
+            on_message=lambda message: self._from_worker(worker_id, message),
+            on_closed=lambda: self._down(worker_id),
+        )
+        connection = self._world.network.connect(here, worker.accept_link(link_id))
+        self._links[worker_id] = connection
+        worker.welcome(link_id, connection)
+
+    def break_link(self, worker_id: str) -> None:
+        """The network breaks the link; both ends live on."""
+        self._links[worker_id].cut()
+
+    def _connect_later(self, worker_id: str) -> None:
+        self.process.at(self._world.clock.now + RECONNECT_S, lambda: self.connect(worker_id))
+
+    def _down(self, worker_id: str) -> None:
+        self._links.pop(worker_id, None)
+        self._do(self.dispatcher.on_worker_down(self._world.clock.now, worker_id))
+        self._connect_later(worker_id)
+
+    def _from_worker(self, worker_id: str, message: WorkerInfo | Heartbeat | tuple[object, ...]) -> None:
+        now = self._world.clock.now
+        if isinstance(message, WorkerInfo):
+            self._do(self.dispatcher.on_worker_up(now, message))
+        elif isinstance(message, Heartbeat):
+            self._do(self.dispatcher.on_heartbeat(now, message))
+        else:
+            self._do(self.dispatcher.on_entries(now, worker_id, message))  # type: ignore[arg-type]
+
+    # ---- effects
+
+    def _do(self, effects: Iterable[RouterEffect]) -> None:
+        for effect in effects:
+            self._world.journal.note(self._world.clock.now, self.router_id, _describe(effect))
+            self._perform(effect)
+        at = self.dispatcher.next_timer()
+        if at is not None and at < self._wake_up_at:
+            self._wake_up_at = at
+            self.process.at(at, lambda: self._wake_up(at))
+
+    def _wake_up(self, at: float) -> None:
+        if self._wake_up_at == at:
+            self._wake_up_at = float("inf")
+        now = self._world.clock.now
+        due = self.dispatcher.next_timer()
+        self._do(self.dispatcher.on_timer(now) if due is not None and due <= now else [])
+
+    def _perform(self, effect: RouterEffect) -> None:
+        if isinstance(effect, ToWorker):
+            if (link := self._links.get(effect.worker_id)) is not None:
+                link.send(0, effect.message)
+        elif isinstance(effect, Deliver):
+            self._deliver(effect)
+        elif isinstance(effect, Ended):
+            result = self.results[effect.request_id]
+            assert result.live, f"{effect.request_id} ends twice, or after it was cancelled"
+            result.code, result.ended_at = effect.code, self._world.clock.now
+        elif isinstance(effect, DropLink):
+            if (link := self._links.pop(effect.worker_id, None)) is not None:
+                link.close(0)
+            self._connect_later(effect.worker_id)
+
+    def _deliver(self, effect: Deliver) -> None:
+        tokens = effect.tokens
+        result = self.results[tokens.request_id]
+        assert result.live, f"tokens of {tokens.request_id} after its end"
+        outputs = result.outputs.setdefault(tokens.choice, [])
+        assert tokens.position == len(outputs), f"{tokens.request_id} choice {tokens.choice}: a hole in the text"
+        outputs.extend(tokens.token_ids)
+        if result.first_token_at is None:
+            result.first_token_at = self._world.clock.now
+        if effect.path is not None:
+            result.paths.append(effect.path)
+
+
+def _describe(effect: RouterEffect) -> str:
+    if isinstance(effect, ToWorker):
+        return f"ToWorker {effect.worker_id} {describe(effect.message)}"
+    if isinstance(effect, Deliver):
+        return f"Deliver {describe(effect.tokens)}"
+    return describe(effect)

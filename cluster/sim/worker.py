@@ -1,0 +1,328 @@
+"""A worker on the virtual clock: the real machines, scheduler and block manager around the exact fake model.
+
+What cluster/worker/service.py does over gRPC, rings and shared memory, this does with callbacks. The rank's steps take
+their predicted time; a hung rank finishes none while the network side goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from cluster.sim.clock import VirtualClock
+from cluster.sim.copies import land, payload
+from cluster.sim.faults import Faults
+from cluster.sim.journal import Journal, describe
+from cluster.sim.network import Connection, End, Network
+from cluster.sim.process import SimProcess
+from cluster.types import (
+    HEARTBEAT_S,
+    AbortRequest,
+    Dispatch,
+    Entry,
+    FetchAccepted,
+    FetchOpen,
+    FetchReply,
+    FetchTaken,
+    Heartbeat,
+    LocalMemory,
+    Piece,
+    Release,
+    RouterMessage,
+    WorkerInfo,
+)
+from cluster.worker.decode import DecodeMachine
+from cluster.worker.effects import (
+    CloseFetch,
+    Effect,
+    EndCall,
+    OpenFetch,
+    SendEntry,
+    SendFetch,
+    SendTaken,
+    StartCopy,
+    ToEngine,
+)
+from cluster.worker.prefill import PrefillMachine
+from engine.config import Role
+from engine.fake_engine import ArrayMemory, FakeConfig, build_fake_engine
+from engine.messages import StepEvents
+
+RING_S = 20e-6  # a command on its way to the rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimWorkerConfig:
+    """One worker. Workers on different `host`s cannot open each other's memory. Times in seconds."""
+
+    worker_id: str
+    role: Role
+    engine: FakeConfig = field(default_factory=FakeConfig)
+    host: str = "host-1"
+    copy_s: float = 0.0005
+    copy_s_per_block: float = 0.0001
+
+
+class World(Protocol):
+    """What a worker needs of the cluster around it."""
+
+    clock: VirtualClock
+    network: Network
+    journal: Journal
+    faults: Faults
+    memories: dict[str, tuple[str, ArrayMemory]]
+
+    def worker_at(self, incarnation: str) -> SimWorker | None:
+        """The live or dead worker of an incarnation."""
+        ...
+
+
+class SimWorker:
+    """One incarnation of a worker."""
+
+    def __init__(self, world: World, config: SimWorkerConfig, incarnation: str) -> None:
+        self.config = config
+        self._world = world
+        self.process = SimProcess(world.clock, config.worker_id)
+        self.memory = ArrayMemory(config.engine.layout)
+        self.core = build_fake_engine(config.engine, memory=self.memory)
+        layout = config.engine.layout
+        self.info = WorkerInfo(
+            worker_id=config.worker_id,
+            incarnation=incarnation,
+            epoch=1,
+            role=config.role,
+            state="ready",
+            address=f"{config.worker_id}:1",
+            identity=config.engine.model.identity,
+            kv_fingerprint=layout.fingerprint(),
+            block_size=layout.block_size,
+            max_model_len=config.engine.max_model_len,
+            max_num_seqs=config.engine.engine.max_num_seqs,
+            vocab_size=config.engine.model.vocab_size,
+            eos_token_ids=(config.engine.model.eos_token_id,),
+        )
+        path = f"/sim/{incarnation}"
+        world.memories[path] = (config.host, self.memory)
+        local = LocalMemory(path=path, nonce=incarnation.encode(), num_blocks=layout.num_blocks)
+        self.decode = DecodeMachine(self.info, layout, "xxh3_64")
+        self.prefill = PrefillMachine(self.info, layout, local, "xxh3_64")
+        self.hung = False
+        self.num_steps = 0
+        self._step_started_at: float | None = None
+        self._kicked = False
+        self._links: dict[str, Connection] = {}
+        self._outbox: dict[str, list[Entry]] = {}
+        self._fetches: dict[str, Connection] = {}  # calls that we made
+        self._served: dict[str, Connection] = {}
+        self._remote_calls: set[str] = set()  # served with transport "grpc": pieces carry their bytes
+        self._source_memory: dict[str, ArrayMemory] = {}
+        self._wake_ups: dict[str, float] = {}
+        self._beat()
+
+    # ---- the link
+
+    def accept_link(self, link_id: str) -> End:
+        """A router connects: our end of its link. Say Welcome with `welcome` once the connection stands."""
+        return End(
+            process=self.process,
+            on_message=lambda message: self._from_router(link_id, message),
+            on_closed=lambda: self._link_broken(link_id),
+        )
+
+    def welcome(self, link_id: str, connection: Connection) -> None:
+        """The connection stands."""
+        self._links[link_id] = connection
+        self.process.post(lambda: connection.send(1, self.info))
+
+    def _from_router(self, link_id: str, message: RouterMessage) -> None:
+        now = self._world.clock.now
+        if isinstance(message, Dispatch):
+            self._do(self.decode.on_dispatch(now, link_id, message))
+        elif isinstance(message, AbortRequest):
+            self._do(self.decode.on_abort(now, link_id, message))
+        else:
+            assert isinstance(message, Release), f"a router sent {message}"
+            self._do(self.decode.on_release(now, link_id, message))
+
+    def _link_broken(self, link_id: str) -> None:
+        self._links.pop(link_id, None)
+        self._do(self.decode.on_link_broken(self._world.clock.now, link_id))
+
+    def _beat(self) -> None:
+        clock = self._world.clock
+        age_s = clock.now - self._step_started_at if self._step_started_at is not None else 0.0
+        beat = Heartbeat(
+            info=self.info, load=self.core.load(), step_count=self.num_steps, step_age_ms=int(age_s * 1000)
+        )
+        for connection in self._links.values():
+            connection.send(1, beat)
+        self.process.at(clock.now + HEARTBEAT_S, self._beat)
+
+    # ---- Fetch, as source
+
+    def accept_fetch(self, call: FetchOpen, connection: Connection) -> None:
+        """A peer's call arrived."""
+        self._served[call.call_id] = connection
+        answer = self._world.faults.answer(self.info.worker_id, call)
+        if answer is not None:
+            self._do([SendFetch(call_id=call.call_id, reply=answer), EndCall(call_id=call.call_id)])
+            return
+        self._do(self.prefill.on_fetch(self._world.clock.now, call))
+
+    def _taken(self, taken: FetchTaken) -> None:
+        self._do(self.prefill.on_taken(self._world.clock.now, taken))
+
+    def _call_broken(self, call_id: str) -> None:
+        self._served.pop(call_id, None)
+        self._do(self.prefill.on_call_broken(self._world.clock.now, call_id))
+
+    # ---- Fetch, as receiver
+
+    def _open_fetch(self, effect: OpenFetch) -> None:
+        call = effect.open
+        source = self._world.worker_at(effect.source.incarnation)
+        assert source is not None, "sources come from the router, which has seen them"
+        here = End(
+            process=self.process,
+            on_message=lambda reply: self._from_source(call.call_id, reply),
+            on_closed=lambda: self._fetch_broken(call.call_id),
+        )
+        opened: list[Connection] = []
+
+        def at_source(message: Any) -> None:
+            if isinstance(message, FetchOpen):
+                source.accept_fetch(message, opened[0])
+            else:
+                source._taken(message)
+
+        there = End(process=source.process, on_message=at_source, on_closed=lambda: source._call_broken(call.call_id))
+        opened.append(self._world.network.connect(here, there))
+        self._fetches[call.call_id] = opened[0]
+        opened[0].send(0, call)
+
+    def _from_source(self, call_id: str, reply: FetchReply) -> None:
+        now = self._world.clock.now
+        if isinstance(reply, FetchAccepted) and reply.local is not None:
+            host, memory = self._world.memories[reply.local.path]
+            if host != self.config.host:
+                self._do(self.decode.on_local_unavailable(now, call_id))
+                return
+            self._source_memory[call_id] = memory
+        self._do(self.decode.on_fetch_reply(now, call_id, reply))
+
+    def _fetch_broken(self, call_id: str) -> None:
+        self._fetches.pop(call_id, None)
+        self._do(self.decode.on_fetch_broken(self._world.clock.now, call_id))
+
+    def _start_copy(self, effect: StartCopy) -> None:
+        piece = effect.piece
+        usual = self.config.copy_s + self.config.copy_s_per_block * len(piece.checksums)
+        asked = self._world.faults.copy_s(self.info.worker_id, piece)
+        memory = self._source_memory.get(piece.call_id)
+        delay_s = usual if asked is None else asked
+        self.process.at(self._world.clock.now + delay_s, lambda: self._copied(effect, memory))
+
+    def _copied(self, effect: StartCopy, source: ArrayMemory | None) -> None:
+        piece = effect.piece
+        data = piece.payload if source is None else payload(source, piece)
+        corrupt = self._world.faults.corrupt(self.info.worker_id, piece)
+        blocks = self.core.scheduler.blocks
+        ok = land(self.memory, blocks, piece, effect.target_block_ids, data, corrupt=corrupt)
+        self._do(self.decode.on_copied(self._world.clock.now, effect.copy_id, ok))
+
+    # ---- effects
+
+    def _do(self, effects: Iterable[Effect]) -> None:
+        """Perform effects in order, send what they queued for the routers, arm the timers."""
+        for effect in effects:
+            self._world.journal.note(self._world.clock.now, self.info.worker_id, describe(effect))
+            self._perform(effect)
+        for link_id, entries in self._outbox.items():
+            if link_id in self._links:
+                self._links[link_id].send(1, tuple(entries))
+        self._outbox = {}
+        self._arm("decode", self.decode)
+        self._arm("prefill", self.prefill)
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case ToEngine():
+                self.core.submit(effect.command)
+                self._kick()
+            case SendEntry():
+                self._outbox.setdefault(effect.link_id, []).append(effect.entry)
+            case OpenFetch():
+                self._open_fetch(effect)
+            case SendTaken():
+                if (fetch := self._fetches.get(effect.taken.call_id)) is not None:
+                    fetch.send(0, effect.taken)
+            case CloseFetch():
+                self._source_memory.pop(effect.call_id, None)
+                if (fetch := self._fetches.pop(effect.call_id, None)) is not None:
+                    fetch.close(0)
+            case StartCopy():
+                self._start_copy(effect)
+            case SendFetch():
+                self._send_fetch(effect.call_id, effect.reply)
+            case EndCall():
+                if (served := self._served.pop(effect.call_id, None)) is not None:
+                    served.close(1)
+
+    def _send_fetch(self, call_id: str, reply: FetchReply) -> None:
+        served = self._served.get(call_id)
+        if served is None:
+            return
+        num_bytes = 0
+        if isinstance(reply, FetchAccepted) and reply.transport == "grpc":
+            self._remote_calls.add(call_id)
+        if isinstance(reply, Piece) and call_id in self._remote_calls:
+            reply = replace(reply, payload=payload(self.memory, reply), block_ids=())
+            num_bytes = len(reply.payload)
+        served.send(1, reply, num_bytes)
+
+    def _arm(self, name: str, machine: DecodeMachine | PrefillMachine) -> None:
+        at = machine.next_timer()
+        if at is None or self._wake_ups.get(name, float("inf")) <= at:
+            return
+        self._wake_ups[name] = at
+        self.process.at(at, lambda: self._wake_up(name, machine, at))
+
+    def _wake_up(self, name: str, machine: DecodeMachine | PrefillMachine, at: float) -> None:
+        if self._wake_ups.get(name) == at:
+            del self._wake_ups[name]
+        now = self._world.clock.now
+        due = machine.next_timer()
+        self._do(machine.on_timer(now) if due is not None and due <= now else [])
+
+    # ---- the rank
+
+    def _kick(self) -> None:
+        if not self._kicked and self._step_started_at is None:
+            self._kicked = True
+            self.process.at(self._world.clock.now + RING_S, self._step)
+
+    def _step(self) -> None:
+        self._kicked = False
+        if self._step_started_at is not None or not self.core.has_work:
+            return
+        self._step_started_at = self._world.clock.now
+        if self.hung:
+            return
+        self.core.last_step_cost_s = 0.0
+        events = self.core.step()
+        done_at = self._world.clock.now + self.core.last_step_cost_s + RING_S
+        self.process.at(done_at, lambda: self._landed(events))
+
+    def _landed(self, events: StepEvents | None) -> None:
+        if self.hung:
+            return
+        self._step_started_at = None
+        self.num_steps += 1
+        if events is not None:
+            now = self._world.clock.now
+            self._do(self.prefill.on_events(now, events))
+            self._do(self.decode.on_events(now, events))
+        if self.core.has_work:
+            self._step()
