@@ -80,7 +80,7 @@ class Controller:
         self._specs: dict[str, WorkerSpec] = {}
         self._statuses: dict[str, WorkerStatus] = {}
         self._router: Child | None = None
-        self._router_spec: RouterSpec | None = None
+        self.router_spec: RouterSpec | None = None
         self._doing = "starting"
         self._ready = False
 
@@ -112,7 +112,7 @@ class Controller:
         address = self._registry.address
         if self._config.worker_host == "auto":
             address = f"{self._backend.own_address}:{self._registry.port}"
-        self._router_spec = self._config.router_spec(model_path=path, registry=address)
+        self.router_spec = self._config.router_spec(model_path=path, registry=address)
         self._launch_router()
         specs = self._config.worker_specs(model_path=path, registry=address, log_dir=str(self._run_dir))
         self._specs = {spec.worker_id: spec for spec in specs}
@@ -123,8 +123,8 @@ class Controller:
 
     async def run(self) -> None:
         """Supervise for ever. Raises LaunchError when a process that has never been ready fails for good."""
-        assert self._router_spec is not None, "start() comes first"
-        client = RouterClient.of(self._router_spec)
+        assert self.router_spec is not None, "start() comes first"
+        client = RouterClient.of(self.router_spec)
         while True:
             await asyncio.sleep(POLL_S)
             for status in await self._backend.statuses():
@@ -157,10 +157,10 @@ class Controller:
         )
 
     def _launch_router(self) -> None:
-        assert self._router_spec is not None, "the router's spec is made before it is launched"
+        assert self.router_spec is not None, "the router's spec is made before it is launched"
         path = self._run_dir / "router.json"
         path.touch(mode=0o600)
-        path.write_bytes(msgspec.json.encode(self._router_spec))
+        path.write_bytes(msgspec.json.encode(self.router_spec))
         self._restarts.on_started(ROUTER, self._clock())
         argv = [sys.executable, "-m", "cluster.router", str(path)]
         self._router = Child(argv, log=self._run_dir / "router.log", env=child_environment())

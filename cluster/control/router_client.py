@@ -1,16 +1,20 @@
-"""Asks a router how it is, over HTTP. Used by the controller and by `neap status`; blocking calls run in a thread."""
+"""A small HTTP client for a router: how it is (controller, `neap status`) and streamed answers (`neap chat`)."""
 
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
+from urllib.parse import urlsplit
 
 from cluster.spec import RouterSpec
 
 TIMEOUT_S = 3.0
+STREAM_SILENCE_S = 600.0
 
 
 class RouterError(RuntimeError):
@@ -38,6 +42,14 @@ class RouterClient:
         """The router of this spec, as seen from its own machine."""
         return cls(host=reachable(spec.host), port=spec.port, api_key=spec.api_key)
 
+    @classmethod
+    def at(cls, url: str, *, api_key: str = "") -> RouterClient:
+        """The router at http://host:port (a trailing /v1 is dropped). Raises ValueError."""
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme != "http" or not parts.hostname or parts.path.rstrip("/") not in ("", "/v1"):
+            raise ValueError("expected http://HOST:PORT")
+        return cls(host=parts.hostname, port=parts.port or 80, api_key=api_key)
+
     @property
     def url(self) -> str:
         """http://host:port, IPv6 in brackets."""
@@ -53,19 +65,48 @@ class RouterClient:
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """GET a JSON object: (HTTP status, body). Blocks for TIMEOUT_S at most. Raises RouterError."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT_S)
+        with self._request("GET", path, None, TIMEOUT_S) as response:
+            return response.status, self._object(response)
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST a request with stream true; its events until [DONE], or the error body. Blocks. Raises RouterError."""
+        with self._request("POST", path, json.dumps(body).encode(), STREAM_SILENCE_S) as response:
+            if response.status != 200:
+                yield self._object(response)
+                return
+            for line in response:
+                data = line.strip().removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if data == b"[DONE]":
+                    return
+                if data:
+                    yield self._parse(data)
+        raise RouterError("the answer broke off")
+
+    @contextmanager
+    def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Iterator[HTTPResponse]:
+        connection = HTTPConnection(self.host, self.port, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         try:
-            headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            body = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.request(method, path, body=body, headers=headers)
+            yield connection.getresponse()
+        except (OSError, HTTPException) as error:
             raise RouterError(f"no answer from {self.url}: {error}") from error
         finally:
             connection.close()
-        if not isinstance(body, dict):
-            raise RouterError(f"{self.url}{path} did not answer with a JSON object")
-        return response.status, body
+
+    def _object(self, response: HTTPResponse) -> dict[str, Any]:
+        return self._parse(response.read())
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise RouterError(f"{self.url} did not answer with JSON") from error
+        if not isinstance(value, dict):
+            raise RouterError(f"{self.url} did not answer with a JSON object")
+        return value
 
 
 def reachable(host: str) -> str:

@@ -1,0 +1,56 @@
+"""Command-line flags from the cluster file's model: one per plain option of the file, `engine`, `router` and `ray`.
+
+A flag has its key's last word (--max-model-len is engine.max_model_len), ray's carry the section's name too. Pools and
+the fake have none: --set pools.0.workers=4. Values stay text here; the model reads them, so that all errors are its.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cluster.config import ClusterConfig
+from cluster.config.model import EngineSection, RayConfig, RouterConfig
+
+_ARGUMENTS = {"model"}  # given without a flag
+_SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
+    ("", ClusterConfig, "Cluster"),
+    ("engine", EngineSection, "Engine (every pool; pools.N.KEY overrides)"),
+    ("router", RouterConfig, "Router"),
+    ("ray", RayConfig, "Ray"),
+)
+
+
+def flag_parameters() -> dict[str, tuple[str, inspect.Parameter]]:
+    """Dotted key and typer parameter of every flag, by parameter name."""
+    flags: dict[str, tuple[str, inspect.Parameter]] = {}
+    for section, model, panel in _SECTIONS:
+        for name, field in model.model_fields.items():
+            if name in _ARGUMENTS or not _is_plain(field):
+                continue
+            parameter = f"ray_{name}" if section == "ray" else name
+            assert parameter not in flags, f"two options would be --{parameter}"
+            flags[parameter] = (f"{section}.{name}".lstrip("."), _parameter(parameter, field, panel))
+    return flags
+
+
+def _is_plain(field: FieldInfo) -> bool:
+    """True for values that fit behind a flag: no sections, no lists of them."""
+    return field.default is not None and isinstance(field.default, str | bool | int | float)
+
+
+def _parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    option: Any = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
+        help=field.description,
+        metavar=None if field.annotation is bool else "VALUE",
+        show_default=str(field.default) if field.default != "" else False,
+        rich_help_panel=panel,
+    )
+    kind: Any = bool | None if field.annotation is bool else str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])

@@ -1,0 +1,158 @@
+"""`neap serve`: makes the backend and the controller, shows how far the start is, and stops everything at the end.
+
+first ctrl-C or SIGTERM   drain: requests in flight finish, new ones get 503
+second                    stop at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster.cli.screen import Screen, make_screen
+from cluster.config import ClusterConfig
+from cluster.config.environment import cache_dir, child_environment, prepare_ray
+from cluster.control.backend import Backend, LaunchError
+from cluster.control.controller import Controller
+from cluster.control.process_backend import ProcessBackend
+from cluster.control.router_client import RouterClient
+
+REDRAW_S = 0.2
+_MAKE_DEFAULT = (
+    "import sys, pathlib; from engine.tiny.random_checkpoint import default_checkpoint; "
+    "print(default_checkpoint(pathlib.Path(sys.argv[1])))"
+)
+
+
+def serve(config: ClusterConfig) -> int:
+    """Serve until a signal. Returns the exit code; what went wrong has been told by then."""
+    screen = make_screen()
+    run_dir = Path(tempfile.mkdtemp(prefix="neap-"))
+    try:
+        check_port(config)
+        code = asyncio.run(_serve(config, run_dir, screen))
+    except (LaunchError, OSError, ValueError) as error:
+        screen.tell(f"stopped: {error}")
+        return 1  # the run folder stays: its logs say more
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return code
+
+
+def check_port(config: ClusterConfig) -> None:
+    """Find out now, not in half a minute, that the port is taken. Raises ValueError."""
+    spec = config.router_spec(model_path="", registry="")
+    host = spec.host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, spec.port))
+        except OSError as error:
+            raise ValueError(f"router.port: cannot listen on {host}:{spec.port}: {error.strerror}") from error
+
+
+def make_backend(config: ClusterConfig, run_dir: Path) -> Backend:
+    """The backend that the cluster file asks for."""
+    if config.backend == "process":
+        return ProcessBackend(run_dir)
+    token_path = prepare_ray()
+    # not at the top: Ray reads its environment when it is imported, and it takes a second that the rest needs not pay
+    from cluster.control.ray_backend import RayBackend
+
+    return RayBackend(
+        run_dir,
+        address=config.ray.address,
+        dashboard_port=config.ray.dashboard_port,
+        num_cpus=sum(pool.workers * config.num_cpus(pool) for pool in config.pools),
+        token_path=token_path,
+    )
+
+
+def given_model(model: str) -> str:
+    """The folder's full path. Raises ValueError if there is no checkpoint."""
+    path = Path(model).expanduser().resolve()
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model: {path} is no checkpoint folder (it has no config.json)")
+    return str(path)
+
+
+async def find_model(config: ClusterConfig) -> str:
+    """The checkpoint folder; without one, a small random checkpoint is made in a process of its own (it needs torch).
+
+    Raises ValueError.
+    """
+    if config.model:
+        return given_model(config.model)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _MAKE_DEFAULT, str(cache_dir())),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=child_environment(),
+    )
+    try:
+        out, err = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        raise ValueError(f"the small random model could not be made: {err.decode(errors='replace').strip()}")
+    return out.decode().strip()
+
+
+async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+    backend = make_backend(config, run_dir)
+    controller = Controller(config, backend, run_dir=run_dir, tell=screen.tell)
+    serving = asyncio.create_task(_start_and_run(config, controller))
+    showing = asyncio.create_task(_show(config, controller, backend, screen))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((serving, stopping, showing), return_when=asyncio.FIRST_COMPLETED)
+        if showing.done() and not stop.is_set():
+            showing.result()
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (showing, stopping, serving):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        screen.close()
+        if stop.is_set():
+            screen.tell("stopping: requests in flight finish first; press ctrl-C again to stop at once")
+        await controller.stop(hurry=hurry)
+    if not serving.cancelled():
+        serving.result()
+    screen.tell("stopped")
+    return 0
+
+
+async def _start_and_run(config: ClusterConfig, controller: Controller) -> None:
+    await controller.start(find_model(config))
+    await controller.run()
+
+
+async def _show(config: ClusterConfig, controller: Controller, backend: Backend, screen: Screen) -> None:
+    """Draw the start until the cluster is ready, then the ready box."""
+    while not (snapshot := controller.snapshot()).ready:
+        screen.draw(snapshot)
+        await asyncio.sleep(REDRAW_S)
+    screen.close()
+    assert controller.router_spec is not None, "a ready cluster has a router"
+    client = RouterClient.of(controller.router_spec)
+    screen.ready(client, controller.router_spec.served_model_name, backend.notes)

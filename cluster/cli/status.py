@@ -1,0 +1,54 @@
+"""`neap status`: the router's own view of its workers as a table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.control.router_client import RouterClient, RouterError
+
+_COLUMNS = ("worker", "role", "epoch", "state", "link", "running", "waiting", "served", "KV use", "node", "pid")
+
+
+def status(client: RouterClient, *, as_json: bool) -> int:
+    """Print it. Returns 0 if the model can be served now, else 3. Raises RouterError."""
+    code, body = client.get("/status")
+    if code != 200:
+        raise RouterError(error_words(code, body))
+    if as_json:
+        print(json.dumps(body, indent=2))
+    else:
+        show(body, Console())
+    return 0 if body["readiness"]["status"] == "ready" else 3
+
+
+def error_words(code: int, body: dict[str, Any]) -> str:
+    """What an error answer says, in one line."""
+    error = body.get("error")
+    if not isinstance(error, dict):
+        return f"the router answered {code}"
+    return f"the router answered {code} {error.get('code') or ''}: {error.get('message')}"
+
+
+def show(body: dict[str, Any], console: Console) -> None:
+    """Two lines and a table."""
+    readiness, requests = body["readiness"], body["requests"]
+    words = readiness["status"] + (f": {readiness['reason']}" if readiness["reason"] else "")
+    console.print(f"{body['model']}: {words} (neap {body['version']}, up {body['uptime_s']:.0f} s)", highlight=False)
+    console.print(f"requests: {requests['running']} running, {requests['queued']} queued", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        table.add_column(
+            name, justify="right" if name in ("epoch", "running", "waiting", "served", "KV use") else "left"
+        )
+    for worker in body["workers"]:
+        load = worker.get("load") or {}
+        state = "hung" if worker.get("hung") else worker["state"]
+        cells = [worker["worker_id"], worker["role"], worker["epoch"], state, worker["link"]]
+        cells += [load.get(name, "-") for name in ("running", "waiting", "served")]
+        cells += [f"{load['kv_use']:.0%}" if "kv_use" in load else "-", worker["node"], worker["pid"]]
+        table.add_row(*(str(cell) for cell in cells))
+    console.print(table)
