@@ -71,8 +71,8 @@ class InputBatch:
         self.token_table[inputs.sample_slots, inputs.sample_positions] = token_ids.to(torch.int32)
 
     def _start_row(self, start: RowStart) -> None:
-        tokens = torch.from_numpy(start.token_ids)
-        self.token_table[start.row, : len(tokens)].copy_(tokens, non_blocking=True)
+        tokens = self._upload(start.token_ids.astype(np.int64))
+        self.token_table[start.row, : len(tokens)] = tokens.to(torch.int32)
         self.block_tables[start.row].zero_()
 
     def _append_blocks(self, new_blocks: tuple[NewBlocks, ...], num_computed: dict[int, int]) -> None:

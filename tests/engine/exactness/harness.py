@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.engine import BuiltEngine, build_engine
 from engine.kv.block_manager import BlockManager
+from engine.kv.kv_cache import KVCache
 from engine.layers.options import LayerOptions
 from engine.messages import Abort, Add
 from engine.request import SamplingParams
@@ -103,12 +104,30 @@ def build(
 
 
 class Cores:
-    """Fresh schedulers over one built engine: its KV memory stays as earlier runs left it."""
+    """Fresh schedulers over one built engine: its KV memory stays as earlier runs left it.
+
+    Oracles run on rows and KV of their own, so they may be asked for while a core is at work.
+    """
 
     def __init__(self, built: BuiltEngine) -> None:
         self.built = built
+        runner = built.runner
+        self._oracle_runner = ModelRunner(
+            runner.model,
+            KVCache.on_device(built.layout, torch.device("cpu")),
+            num_rows=1,
+            max_model_len=built.max_model_len,
+            capture_logits=True,
+        )
 
-    def core(self, *, num_blocks: int | None = None, cost: StepCost = FREE, **settings: Any) -> EngineCore:
+    def core(
+        self,
+        *,
+        num_blocks: int | None = None,
+        cost: StepCost = FREE,
+        runner: ModelRunner | None = None,
+        **settings: Any,
+    ) -> EngineCore:
         """An empty pool of `num_blocks` over the same runner; `settings` are EngineConfig's."""
         limits = self.built.core.scheduler.limits
         config = EngineConfig(model="", **{"max_model_len": limits.max_model_len, **settings})
@@ -119,12 +138,12 @@ class Cores:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         scheduler = Scheduler(config, limits=limits, blocks=blocks, step_cost=cost)
-        runner = RecordingRunner(self.built.runner)
-        return EngineCore(scheduler=scheduler, runner=runner, steps_in_flight=config.steps_in_flight)
+        recording = RecordingRunner(runner or self.built.runner)
+        return EngineCore(scheduler=scheduler, runner=recording, steps_in_flight=config.steps_in_flight)
 
     def alone(self, prompt: IntArray, params: SamplingParams = GREEDY, seed: int = 0) -> Outcome:
         """The oracle: one request in an empty pool, its prompt in one chunk."""
-        core = self.core(enable_prefix_caching=False, max_batched_tokens=4096)
+        core = self.core(runner=self._oracle_runner, enable_prefix_caching=False, max_batched_tokens=4096)
         core.submit(add("alone", prompt, params, seed))
         return drain(core)["alone"]
 
