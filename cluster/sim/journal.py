@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.types import Dispatch, FetchNews, FetchOpen, News, Piece, Tokens
 from cluster.worker.effects import OpenFetch, SendEntry, SendFetch, SendTaken, StartCopy, ToEngine
+from engine.messages import PullClosed, Reserve
 
 
 def describe(thing: Any) -> str:
@@ -14,6 +15,10 @@ def describe(thing: Any) -> str:
     match thing:
         case ToEngine():
             return f"{name} {describe(thing.command)}"
+        case Reserve():
+            return f"{name} {thing.add.request_id}"
+        case PullClosed():
+            return f"{name} {thing.request_id} {thing.num_computed_tokens}"
         case SendEntry():
             return f"{name} {thing.link_id} {describe(thing.entry)}"
         case SendFetch():

@@ -10,8 +10,9 @@ The machines are pure: each call takes `now` (monotonic seconds) and a message a
       on_events(now, StepEvents)                              on_timer(now)
       on_fetch_reply(now, call_id, FetchReply)                next_timer() -> seconds | None
       on_fetch_broken(now, call_id)   (ended by the source or the network)
+      on_local_unavailable(now, call_id)   (Accepted names a memory that cannot be opened here: instead of the reply)
       on_copied(now, copy_id, ok)
-      on_timer(now); next_timer() -> seconds | None
+      on_timer(now); next_timer() -> seconds | None     (absolute, of the same clock as `now`)
 Both see every StepEvents and pick what is theirs by request id or call id. Unknown ids are late news: ignored.
 """
 

@@ -1,4 +1,4 @@
-"""Clusters and requests for tests on the virtual clock."""
+"""Small clusters and mixed requests, to run on the virtual clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from cluster.router.effects import Submit
 from cluster.sim.cluster import SimCluster, SimConfig
 from cluster.sim.worker import SimWorkerConfig
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Role
 from engine.fake_engine import FakeConfig, FakeModel
 from engine.request import SamplingParams
 from engine.scheduler.step_cost import StepCost
@@ -20,7 +20,6 @@ BLOCK_SIZE = 16
 
 def fake(
     *,
-    role: str = "decode",
     num_blocks: int = 256,
     max_num_seqs: int = 8,
     max_num_served: int = 8,
@@ -33,7 +32,6 @@ def fake(
     return FakeConfig(
         engine=EngineConfig(
             model="fake",
-            role="prefill" if role == "prefill" else "decode",
             max_num_seqs=max_num_seqs,
             max_num_served=max_num_served,
             max_model_len=2048,
@@ -48,9 +46,9 @@ def fake(
 
 def worker(worker_id: str, engine: FakeConfig, *, host: str = "host-1") -> SimWorkerConfig:
     """A worker named "prefill-..." or "decode-..."; its role is in its name."""
-    role = "prefill" if worker_id.startswith("prefill") else "decode"
+    role: Role = "prefill" if worker_id.startswith("prefill") else "decode"
     engine = replace(engine, engine=replace(engine.engine, role=role))
-    return SimWorkerConfig(worker_id=worker_id, role=role, engine=engine, host=host)  # type: ignore[arg-type]
+    return SimWorkerConfig(worker_id=worker_id, role=role, engine=engine, host=host)
 
 
 def cluster(
