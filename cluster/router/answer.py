@@ -35,6 +35,7 @@ class ChoiceText:
         self.num_tokens = 0
         self.finished = False
         self._min_tokens = params.min_tokens
+        self._stop_token_ids = frozenset(params.stop_token_ids)
         self._with_logprobs = params.logprobs is not None
         self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
         self._stop = tuple(params.stop)
@@ -87,4 +88,5 @@ class ChoiceText:
             delta.text += self._stops.flush()
         self.finished = True
         delta.finish_reason = str(reason)
-        delta.stop_reason = stop_token
+        # an end-of-sequence token is the model's own end and no reason to name
+        delta.stop_reason = stop_token if stop_token in self._stop_token_ids else None

@@ -121,6 +121,7 @@ def _response(
         stream=request.stream,
         include_usage=stream is not None and stream.include_usage,
         continuous_usage=stream is not None and stream.continuous_usage_stats,
+        ping_s=service.ping_s,
     )
 
     def make_call(on_overflow: Callable[[], None]) -> Call:

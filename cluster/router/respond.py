@@ -29,11 +29,12 @@ ABORT = "neap.abort"  # key in the ASGI scope: breaks the connection at once, un
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
-    """What the client asked of the form of its answer."""
+    """What the client asked of the form of its answer. `ping_s`: how long a stream may be silent before its text."""
 
     stream: bool
     include_usage: bool = False
     continuous_usage: bool = False
+    ping_s: float = sse.PING_S
 
 
 class GenerationResponse(Response):
@@ -173,7 +174,7 @@ class _Stream:
         self._call.inbox.blocked(False)
 
     def _arm_ping(self) -> None:
-        self._ping_timer = asyncio.get_running_loop().call_later(sse.PING_S, self._ping)
+        self._ping_timer = asyncio.get_running_loop().call_later(self._options.ping_s, self._ping)
 
     def _ping(self) -> None:
         if not self._opened:

@@ -17,6 +17,7 @@ from cluster.metrics import RouterMetrics
 from cluster.router.admission import Admission
 from cluster.router.call import CallContext
 from cluster.router.openai.sampling import SamplingDefaults, load_defaults
+from cluster.router.sse import PING_S
 from cluster.router.workers import Peer, WorkerLinks
 from cluster.spec import RouterSpec
 from engine.text.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ class RouterService:
         self.started_at = clock()
         self.created = int(time.time())
         self.draining = False
+        self.ping_s = PING_S
         self.admission = Admission(max_queue=spec.max_queue, max_running=spec.max_running)
         self.calls = CallContext(
             cluster=links,

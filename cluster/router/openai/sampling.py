@@ -30,12 +30,12 @@ def load_defaults(model_path: Path) -> SamplingDefaults:
     path = model_path / "generation_config.json"
     if not path.is_file():
         return SamplingDefaults()
-    config = json.loads(path.read_text(encoding="utf-8"))
-    names = [field.name for field in fields(SamplingDefaults)]
-    given = {name: config[name] for name in names if config.get(name) is not None}
     try:
+        config = json.loads(path.read_bytes())
+        names = [field.name for field in fields(SamplingDefaults)]
+        given = {name: config[name] for name in names if config.get(name) is not None}
         SamplingParams(**given)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return SamplingDefaults(**given)
 
