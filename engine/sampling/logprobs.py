@@ -68,20 +68,15 @@ def _best(values: Tensor, count: int, ids: Tensor) -> Tensor:
     return _LOW_WORD - (keys.topk(count).values & _LOW_WORD)
 
 
-def token_logprobs(
-    raw_logits: Tensor, token_ids: Tensor, *, batch_index: tuple[int, ...], num_top: tuple[int, ...]
-) -> DeviceLogprobs:
-    """Logprobs at temperature 1. raw_logits: float32 [N, V] without NaN; token_ids: int64 [N]. No host sync."""
+def token_logprobs(raw_logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """At temperature 1: the given tokens' logprobs, the most likely tokens' ids, and their logprobs. No host sync.
+
+    float32 [N, V] without NaN, int64 [N] -> float64 [N], int64 [N, K], float64 [N, K], best first. K is always the
+    same, so that the batch can't change what the library does.
+    """
     top_logit = raw_logits.amax(-1).to(torch.float64)
     mass = exact_weights(raw_logits).to(torch.float64).sum(-1) / WEIGHT_SCALE
     normaliser = (top_logit + mass.log())[:, None]
-    # Always the same count, so that the batch can't change what the library does.
     top_ids = most_likely(raw_logits, min(MAX_LOGPROBS, raw_logits.shape[1]))
     chosen = raw_logits.gather(1, token_ids[:, None]).to(torch.float64) - normaliser
-    return DeviceLogprobs(
-        batch_index=batch_index,
-        num_top=num_top,
-        chosen=chosen[:, 0],
-        top_ids=top_ids,
-        top=raw_logits.gather(1, top_ids).to(torch.float64) - normaliser,
-    )
+    return chosen[:, 0], top_ids, raw_logits.gather(1, top_ids).to(torch.float64) - normaliser

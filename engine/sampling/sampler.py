@@ -88,12 +88,11 @@ class Sampler:
         the absolute position of the token that is sampled.
         """
         device_rows = self._upload(rows)
-        at_once = _CPU_ROWS_AT_ONCE if self._device.type == "cpu" else max(len(rows), 1)
         noise = self._noise(rows, device_rows, positions)
-        parts = []
-        for first in range(0, len(rows), at_once):
-            part = slice(first, first + at_once)
-            parts.append(self._choose(logits[part], rows[part], device_rows[part], positions[part], noise[part]))
+        parts = [
+            self._choose(logits[part], rows[part], device_rows[part], positions[part], noise[part])
+            for part in self._parts(len(rows))
+        ]
         token_ids = torch.cat(parts) if parts else device_rows
         counted = self._subset(self._table.has_penalties, rows)
         if counted is not None and self._counts is not None:
@@ -155,12 +154,21 @@ class Sampler:
         chosen = self._subset(self._table.num_logprobs >= 0, rows)
         if chosen is None:
             return None
-        return token_logprobs(
-            _finite_or_impossible(chosen.take(logits)),
-            chosen.take(token_ids),
+        raw, tokens = chosen.take(logits), chosen.take(token_ids)
+        parts = [token_logprobs(_finite_or_impossible(raw[part]), tokens[part]) for part in self._parts(len(tokens))]
+        of_chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return DeviceLogprobs(
             batch_index=tuple(chosen.on_host.tolist()),
             num_top=tuple(self._table.num_logprobs[rows[chosen.on_host]].tolist()),
+            chosen=of_chosen,
+            top_ids=top_ids,
+            top=top,
         )
+
+    def _parts(self, num_rows: int) -> list[slice]:
+        """Rows that are handled together."""
+        at_once = _CPU_ROWS_AT_ONCE if self._device.type == "cpu" else max(num_rows, 1)
+        return [slice(first, first + at_once) for first in range(0, num_rows, at_once)]
 
     def _subset(self, flags: BoolArray, rows: IntArray) -> _Subset | None:
         """The rows of the batch with this flag; None when there are none."""

@@ -43,9 +43,10 @@ def run(sampler: Sampler, logits: torch.Tensor, rows: list[int]) -> tuple[list[i
     """Tokens and logprobs of some rows together; penalty counts are put back afterwards."""
     counts = sampler._counts
     assert counts is not None
-    before = counts._outputs.clone()
+    before, seen = counts._outputs.clone(), counts._seen.clone()
     sampled = sampler.sample(logits[rows], np.array(rows, dtype=np.int32), torch.tensor(rows) + 50)
     counts._outputs.copy_(before)
+    counts._seen.copy_(seen)
     logprobs = sampled.read_logprobs()
     return sampled.token_ids.tolist(), [logprobs.get(index) for index in range(len(rows))]
 

@@ -73,8 +73,14 @@ def test_text_ends_before_the_first_complete_match(deltas: list[str], stops: lis
 
 def test_nothing_follows_a_stop() -> None:
     scan = StopStrings(["x"])
+    assert scan.matched is None
     assert scan.push("axb") == ("a", True)
-    assert scan.push("more") == ("", True) and scan.flush() == "" and scan.stopped
+    assert scan.push("more") == ("", True) and scan.flush() == "" and scan.matched == "x"
+
+
+def test_the_longest_of_several_that_end_together_is_named() -> None:
+    scan = StopStrings(["b", "ab", "zzz"])
+    assert scan.push("xxab") == ("xx", True) and scan.matched == "ab"
 
 
 def test_without_stop_strings_text_passes_through() -> None:
