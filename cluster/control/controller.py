@@ -1,7 +1,7 @@
 """Runs one cluster: serves the registry, launches workers and router, waits until all are ready, restarts what dies.
 
 Life cycle:
-    1. registry served; backend started (Ray: some seconds) while the checkpoint is looked up or made
+    1. backend started (Ray: some seconds) while the checkpoint is looked up or made; registry served
     2. router and workers launched; each worker puts itself into the registry, the router watches it
     3. ready: the router says so, and every worker once stood in the registry as ready
     4. supervised: what ends is told, taken out of the registry, and started again, later and later
@@ -106,9 +106,9 @@ class Controller:
 
     async def start(self, model_path: Awaitable[str]) -> None:
         """Launch everything; ready comes later. Raises LaunchError, OSError (a port), ValueError (the checkpoint)."""
-        await self._registry.start()
-        self._doing = "starting the backend and looking for the model"
+        self._doing = "starting Ray" if self._config.backend == "ray" else "preparing the model"
         path, _ = await asyncio.gather(model_path, self._backend.start())
+        await self._registry.start()  # not before Ray: it forks, which a process with gRPC running had better not
         address = self._registry.address
         if self._config.worker_host == "auto":
             address = f"{self._backend.own_address}:{self._registry.port}"

@@ -143,6 +143,7 @@ class RayBackend:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
         options = {"address": self._address} if self._address else local
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that signal handlers are the main thread's
         self._children_before = frozenset(child.pid for child in psutil.Process().children())
         try:
             context = ray.init(
@@ -152,7 +153,7 @@ class RayBackend:
                 configure_logging=False,
                 **options,
             )
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises plain Exceptions too
             raise LaunchError(f"Ray did not start: {error}") from error
         self._dashboard = context.dashboard_url or ""
 
