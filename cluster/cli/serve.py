@@ -21,7 +21,6 @@ from cluster.config.environment import cache_dir, child_environment, prepare_ray
 from cluster.control.backend import Backend, LaunchError
 from cluster.control.controller import Controller
 from cluster.control.process_backend import ProcessBackend
-from cluster.control.router_client import RouterClient
 
 REDRAW_S = 0.2
 _MAKE_DEFAULT = (
@@ -119,7 +118,7 @@ async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:
     backend = make_backend(config, run_dir)
     controller = Controller(config, backend, run_dir=run_dir, tell=screen.tell)
     serving = asyncio.create_task(_start_and_run(config, controller))
-    showing = asyncio.create_task(_show(config, controller, backend, screen))
+    showing = asyncio.create_task(_show(controller, backend, screen))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping, showing), return_when=asyncio.FIRST_COMPLETED)
@@ -147,12 +146,12 @@ async def _start_and_run(config: ClusterConfig, controller: Controller) -> None:
     await controller.run()
 
 
-async def _show(config: ClusterConfig, controller: Controller, backend: Backend, screen: Screen) -> None:
+async def _show(controller: Controller, backend: Backend, screen: Screen) -> None:
     """Draw the start until the cluster is ready, then the ready box."""
     while not (snapshot := controller.snapshot()).ready:
         screen.draw(snapshot)
         await asyncio.sleep(REDRAW_S)
     screen.close()
-    assert controller.router_spec is not None, "a ready cluster has a router"
-    client = RouterClient.of(controller.router_spec)
-    screen.ready(client, controller.router_spec.served_model_name, backend.notes)
+    client, spec = controller.router_client(), controller.router_spec
+    assert client is not None and spec is not None, "a ready cluster has a router"
+    screen.ready(client, spec.served_model_name, backend.notes)

@@ -138,7 +138,9 @@ class RayConfig(_Section):
     """How neap uses Ray. Ray's ports bind all interfaces, so its token authentication is always on."""
 
     address: str = Field(default="", description="Join the Ray cluster at this address. Default: start a local one.")
-    dashboard_port: int = Field(default=8265, ge=1, le=65535, description="Port of Ray's dashboard on 127.0.0.1.")
+    dashboard_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of Ray's dashboard on 127.0.0.1; 0: 8265 or the next free one."
+    )
 
 
 class ClusterConfig(_Section):

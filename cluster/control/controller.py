@@ -27,7 +27,7 @@ from cluster.config.environment import child_environment
 from cluster.control.backend import Backend, LaunchError, Needs, Progress, WorkerStatus
 from cluster.control.child import Child
 from cluster.control.restarts import Restarts
-from cluster.control.router_client import RouterClient
+from cluster.control.router_client import RouterClient, reachable
 from cluster.registry.registry import RegistryServer
 from cluster.spec import RouterSpec, WorkerSpec
 
@@ -58,6 +58,11 @@ class Snapshot:
     workers: tuple[WorkerView, ...]
 
 
+def router_argv(spec: Path) -> list[str]:
+    """The command line of a router's process."""
+    return [sys.executable, "-m", "cluster.router", str(spec)]
+
+
 class Controller:
     """One cluster, from start() to stop(). `tell` gets one line for people per event."""
 
@@ -68,12 +73,14 @@ class Controller:
         *,
         run_dir: Path,
         tell: Callable[[str], None],
+        router_argv: Callable[[Path], list[str]] = router_argv,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._backend = backend
         self._run_dir = run_dir
         self._tell = tell
+        self._router_argv = router_argv
         self._clock = clock
         self._registry = RegistryServer(host="0.0.0.0" if config.worker_host == "auto" else config.worker_host)
         self._restarts = Restarts()
@@ -104,6 +111,14 @@ class Controller:
             )
         return Snapshot(doing=self._doing, ready=self._ready, workers=tuple(views))
 
+    def router_client(self) -> RouterClient | None:
+        """Talks to the router; None until its port is bound."""
+        spec = self.router_spec
+        if spec is None or self._router is None or not self._router.listening:
+            return None
+        port = int(self._router.listening.rpartition(":")[2])
+        return RouterClient(host=reachable(spec.host), port=port, api_key=spec.api_key)
+
     async def start(self, model_path: Awaitable[str]) -> None:
         """Launch everything; ready comes later. Raises LaunchError, OSError (a port), ValueError (the checkpoint)."""
         self._doing = "starting Ray" if self._config.backend == "ray" else "preparing the model"
@@ -123,8 +138,6 @@ class Controller:
 
     async def run(self) -> None:
         """Supervise for ever. Raises LaunchError when a process that has never been ready fails for good."""
-        assert self.router_spec is not None, "start() comes first"
-        client = RouterClient.of(self.router_spec)
         while True:
             await asyncio.sleep(POLL_S)
             for status in await self._backend.statuses():
@@ -133,7 +146,7 @@ class Controller:
                     self._worker_ended(status)
             self._check_router()
             await self._start_what_is_due()
-            await self._check_ready(client)
+            await self._check_ready()
 
     async def stop(self, *, hurry: asyncio.Event) -> None:
         """Drain the router, then the workers; `hurry` cuts the waiting short. Leaves no process behind."""
@@ -162,8 +175,7 @@ class Controller:
         path.touch(mode=0o600)
         path.write_bytes(msgspec.json.encode(self.router_spec))
         self._restarts.on_started(ROUTER, self._clock())
-        argv = [sys.executable, "-m", "cluster.router", str(path)]
-        self._router = Child(argv, log=self._run_dir / "router.log", env=child_environment())
+        self._router = Child(self._router_argv(path), log=self._run_dir / "router.log", env=child_environment())
 
     def _worker_ended(self, status: WorkerStatus) -> None:
         for info in self._registry.workers():
@@ -199,7 +211,7 @@ class Controller:
             except LaunchError as error:
                 self._statuses[process_id] = WorkerStatus(worker_id=process_id, alive=False, last_words=str(error))
 
-    async def _check_ready(self, client: RouterClient) -> None:
+    async def _check_ready(self) -> None:
         """Note what became ready; the cluster is once the router and all workers are at the same time."""
         ready = {info.worker_id for info in self._registry.workers() if info.state == "ready"}
         for worker_id in ready & self._specs.keys():
@@ -208,6 +220,10 @@ class Controller:
             return
         if ready < self._specs.keys():
             self._doing = "workers are starting"
+            return
+        client = self.router_client()
+        if client is None:
+            self._doing = "the router is starting"
             return
         readiness = await client.readiness()
         self._doing = readiness.reason or "the router is starting"

@@ -35,6 +35,7 @@ from cluster.spec import WorkerSpec
 ANSWER_S = 1.0  # how long an actor may take to answer before its last status is used
 NAME_FREE_S = 10.0
 RAY_END_S = 10.0
+LOCAL_TRIES = 2
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it; Ray's smallest
 log = logging.getLogger("neap.control")
 T = TypeVar("T")
@@ -145,17 +146,26 @@ class RayBackend:
         options = {"address": self._address} if self._address else local
         logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that signal handlers are the main thread's
         self._children_before = frozenset(child.pid for child in psutil.Process().children())
-        try:
-            context = ray.init(
-                namespace=self._run_dir.name,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                **options,
-            )
-        except Exception as error:  # Ray raises plain Exceptions too
-            raise LaunchError(f"Ray did not start: {error}") from error
+        context = self._init(options, tries=1 if self._address else LOCAL_TRIES)
         self._dashboard = context.dashboard_url or ""
+
+    def _init(self, options: dict[str, Any], tries: int) -> Any:
+        """ray.init. A local start gives up after 30 s of its own; on a busy machine the second try may do."""
+        while True:
+            tries -= 1
+            try:
+                return ray.init(
+                    namespace=self._run_dir.name,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                    **options,
+                )
+            except Exception as error:  # Ray raises plain Exceptions too
+                ray.shutdown()
+                if not tries:
+                    raise LaunchError(f"Ray did not start: {error}") from error
+                log.warning("Ray did not start (%s); trying again", error)
 
     def _nodes(self) -> list[Node]:
         prefix = "accelerator_type:"

@@ -11,8 +11,6 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.spec import RouterSpec
-
 TIMEOUT_S = 3.0
 STREAM_SILENCE_S = 600.0
 
@@ -36,11 +34,6 @@ class RouterClient:
     host: str
     port: int
     api_key: str = ""
-
-    @classmethod
-    def of(cls, spec: RouterSpec) -> RouterClient:
-        """The router of this spec, as seen from its own machine."""
-        return cls(host=reachable(spec.host), port=spec.port, api_key=spec.api_key)
 
     @classmethod
     def at(cls, url: str, *, api_key: str = "") -> RouterClient:
