@@ -128,3 +128,11 @@ class Connector(Protocol):
     def receiver(self, accepted: FetchAccepted, fence: CallFence) -> ReceiverConnector:
         """The half that receives one call. Raises SourceUnreachableError."""
         ...
+
+    def sweep(self) -> None:
+        """Let go of what no call has used for long."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. No call is open any more."""
+        ...

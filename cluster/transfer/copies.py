@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cluster.transfer.connector import CallFence, Connector, ReceiverConnector, SourceUnreachableError, TransferError
@@ -64,7 +64,7 @@ class Copies:
             return
         call.num_copies += 1
         future = self._threads.submit(call.receiver.copy, piece, targets)
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._ended, copy_id, call, done.exception()))
+        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._ended, copy_id, call, _error_of(done)))
 
     def close(self) -> None:
         """Wait for the copies that run. To be called when nobody needs on_copied any more."""
@@ -84,3 +84,7 @@ class Copies:
     def _release(self, call: _Call) -> None:
         if call.ended and not call.num_copies:
             call.receiver.close()
+
+
+def _error_of(future: Future[None]) -> BaseException | None:
+    return TransferError("this worker shuts down") if future.cancelled() else future.exception()

@@ -9,18 +9,17 @@ Nothing here waits for the network: an event that does not fit for EVENT_TIMEOUT
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import sys
-import threading
 from dataclasses import dataclass, replace
 from time import sleep
 
 import msgspec
 
 from cluster.spec import FakeSpec
+from cluster.worker.lifeline import die_with_parent, watch_pipe
 from cluster.worker.rank_rings import RankEnd, RankSpec
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -33,7 +32,6 @@ _log = logging.getLogger(__name__)
 EVENT_TIMEOUT_S = 60.0
 IDLE_POLL_S = 1.0
 STALLED_POLL_S = 0.002  # work, but nothing to schedule: only a command or time changes that
-_PR_SET_PDEATHSIG = 1
 _FAKE_SPECIAL_TOKENS = 3  # pad, bos, eos: never drawn
 
 
@@ -63,7 +61,7 @@ def fake_config(engine: EngineConfig, fake: FakeSpec) -> FakeConfig:
 def main(argument: str) -> int:
     """Run a rank; `argument` is a RankSpec as JSON. Returns the exit code."""
     spec = msgspec.json.decode(argument, type=RankSpec)
-    _die_with_parent(spec)
+    _hold_on_to_parent(spec)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(levelname)s %(name)s: %(message)s")
@@ -89,19 +87,11 @@ def _fail(end: RankEnd, message: str) -> int:
     return 1
 
 
-def _die_with_parent(spec: RankSpec) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+def _hold_on_to_parent(spec: RankSpec) -> None:
+    die_with_parent()
     if os.getppid() != spec.parent_pid:
         os._exit(1)
-    threading.Thread(target=_watch_parent, args=(spec.fds.parent,), name="parent", daemon=True).start()
-
-
-def _watch_parent(pipe: int) -> None:
-    """Leave at once when the network process is gone, whatever the engine does at that moment."""
-    os.read(pipe, 1)
-    os._exit(1)
+    watch_pipe(spec.fds.parent, lambda: os._exit(1))  # at once, whatever the engine does at that moment
 
 
 def _build(spec: RankSpec, end: RankEnd) -> RunningEngine:

@@ -42,6 +42,12 @@ class Late:
     def receiver(self, accepted: FetchAccepted, fence: CallFence) -> ReceiverConnector:
         return LateReceiver(self.inner.receiver(accepted, fence), self.go)
 
+    def sweep(self) -> None:
+        self.inner.sweep()
+
+    def close(self) -> None:
+        self.inner.close()
+
 
 @dataclass
 class LateReceiver:

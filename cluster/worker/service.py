@@ -1,0 +1,304 @@
+"""The worker's network process: the shell around the state machines. It moves messages and bytes and decides nothing.
+
+    routers  --link-->  DecodeMachine  --Fetch-->  sources         effects of the machines, done here, in order:
+    receivers --Fetch-> PrefillMachine                             rank, links, calls, copies
+    rank --StepEvents-> both                                       one flush of the links per event
+
+Life cycle: starting (server up, rank loading) -> ready -> draining (signal) -> gone; or, when the rank dies, failed:
+links broken, which fails their requests at the routers, and exit code 1. Everything runs in one event loop; copies and
+packing run in threads. Torch-free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from cluster.errors import REFUSED
+from cluster.rpc.fetch_client import FetchCalls
+from cluster.rpc.fetch_server import FetchServicer
+from cluster.rpc.link_server import LinkServicer
+from cluster.rpc.server import WorkerServer
+from cluster.spec import WorkerSpec
+from cluster.transfer.connector import CallFence, SourceUnreachableError
+from cluster.transfer.copies import Copies
+from cluster.types import (
+    AbortRequest,
+    Dispatch,
+    Failed,
+    FetchAccepted,
+    FetchOpen,
+    FetchRefused,
+    FetchReply,
+    FetchTaken,
+    Heartbeat,
+    Piece,
+    RouterMessage,
+    Transport,
+    WorkerInfo,
+)
+from cluster.worker.decode import DecodeMachine
+from cluster.worker.effects import (
+    CloseFetch,
+    Effect,
+    EndCall,
+    OpenFetch,
+    SendEntry,
+    SendFetch,
+    SendTaken,
+    StartCopy,
+    ToEngine,
+)
+from cluster.worker.engine_loop import EngineLoop, layout_of, map_kv_memory
+from cluster.worker.identity import describe_ready, starting_info
+from cluster.worker.prefill import PrefillMachine
+from cluster.worker.transports import Transports
+from engine.messages import Load, RankProgress, RankReady, StepEvents
+
+_log = logging.getLogger(__name__)
+MAX_TIMER_S = 0.25  # the machines are asked at least this often: only so can they tell their own lag from a silence
+
+
+class WorkerService:
+    """One worker. `on_state` is told of every change of `info`; `on_dead` of the rank's death."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        on_state: Callable[[WorkerInfo], None],
+        on_progress: Callable[[RankProgress], None],
+        on_dead: Callable[[str], None],
+    ) -> None:
+        self._spec = spec
+        self._on_state = on_state
+        self._on_progress = on_progress
+        self._on_dead = on_dead
+        self._info = starting_info(spec)
+        self._load = Load()
+        self._links = LinkServicer(self, spec.link_outbox_tokens)
+        self._sources = FetchServicer(self)
+        self._server = WorkerServer(self._links, self._sources, host=spec.host, port=spec.port)
+        self._engine = EngineLoop(spec.engine, spec.fake, self)
+        self._calls = FetchCalls(self)
+        self._transports = Transports(spec.transports)
+        self._copies = Copies(self._transports.connectors, self._on_copied)
+        self._decode: DecodeMachine | None = None
+        self._prefill: PrefillMachine | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._healthy: asyncio.Task[None] | None = None
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Listen and start the rank. Raises OSError if the port is taken."""
+        address = await self._server.start()
+        self._engine.start()
+        self._set_info(address=address)
+
+    @property
+    def num_live(self) -> int:
+        """Requests and served calls that are not over."""
+        decode = self._decode.num_live if self._decode else 0
+        return decode + (self._prefill.num_calls if self._prefill else 0)
+
+    async def begin_drain(self) -> None:
+        """Take no new request; what runs goes on."""
+        await self._server.set_serving(False)
+        self._set_info(state="draining")
+        self.beat()
+
+    async def close(self, reason: str) -> None:
+        """End links, calls and the rank, in this order."""
+        await self._server.set_serving(False)
+        self._links.break_all(reason)
+        await self._server.stop(0.2)  # long enough for the reason to reach the routers
+        self._decode = self._prefill = None
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._calls.close()
+        await self._engine.close()
+        await asyncio.to_thread(self._copies.close)
+        self._transports.close()
+
+    def beat(self) -> None:
+        """Send a heartbeat on every link. From the I/O side: also while the engine hangs, and then it says so."""
+        heartbeat = Heartbeat(
+            info=self._info,
+            load=self._load,
+            step_count=self._engine.step_count,
+            step_age_ms=self._engine.step_age_ms(),
+        )
+        self._links.send_heartbeat(heartbeat)
+
+    def _set_info(self, **changes: object) -> None:
+        self._info = replace(self._info, **changes)  # type: ignore[arg-type]  # names of WorkerInfo's fields
+        if self._decode is not None and self._prefill is not None:
+            self._decode.info = self._prefill.info = self._info
+        self._on_state(self._info)
+
+    # ---- the rank (EngineHandler)
+
+    def on_progress(self, progress: RankProgress) -> None:
+        """See EngineHandler."""
+        self._on_progress(progress)
+
+    def on_ready(self, ready: RankReady) -> None:
+        """See EngineHandler."""
+        layout = layout_of(ready)
+        self._transports.open(map_kv_memory(ready))
+        self._load = Load(num_blocks=layout.num_blocks - 1, num_free_blocks=layout.num_blocks - 1)
+        info = describe_ready(self._info, ready, layout)
+        local = self._transports.local_memory(ready)
+        self._decode = DecodeMachine(info, layout, ready.checksum_algorithm)
+        self._prefill = PrefillMachine(info, layout, local, ready.checksum_algorithm)
+        self._set_info(**info.__dict__)
+        self._healthy = asyncio.get_running_loop().create_task(self._server.set_serving(True))
+        self.beat()
+        self._arm_timer()
+
+    def on_step_events(self, events: StepEvents) -> None:
+        """See EngineHandler."""
+        self._load = events.load
+        if self._decode is not None and self._prefill is not None:
+            now = time.monotonic()
+            self._do([*self._decode.on_events(now, events), *self._prefill.on_events(now, events)])
+
+    def on_death(self, reason: str) -> None:
+        """See EngineHandler."""
+        self._set_info(state="failed")
+        self._on_dead(reason)
+
+    # ---- routers (LinkHandler)
+
+    def info(self) -> WorkerInfo:
+        """See LinkHandler."""
+        return self._info
+
+    def on_router_message(self, link_id: str, message: RouterMessage) -> None:
+        """See LinkHandler."""
+        if self._decode is None:
+            if isinstance(message, Dispatch):
+                self._refuse(link_id, message)
+            return
+        now = time.monotonic()
+        if isinstance(message, Dispatch):
+            self._do(self._decode.on_dispatch(now, link_id, message))
+        elif isinstance(message, AbortRequest):
+            self._do(self._decode.on_abort(now, link_id, message))
+        else:
+            self._do(self._decode.on_release(now, link_id, message))
+
+    def on_link_broken(self, link_id: str) -> None:
+        """See LinkHandler."""
+        if self._decode is not None:
+            self._do(self._decode.on_link_broken(time.monotonic(), link_id))
+
+    def _refuse(self, link_id: str, dispatch: Dispatch) -> None:
+        message = f"the worker is {self._info.state}"
+        failed = Failed(request_id=dispatch.request_id, attempt=dispatch.attempt, code=REFUSED, message=message)
+        self._do([SendEntry(link_id=link_id, entry=failed)])
+
+    # ---- receivers (FetchHandler)
+
+    def on_fetch(self, call: FetchOpen) -> None:
+        """See FetchHandler."""
+        if self._prefill is None or not self._transports.can_serve:
+            refused = FetchRefused(code="state", message=f"the worker is {self._info.state} or its KV is out of reach")
+            self._do([SendFetch(call_id=call.call_id, reply=refused), EndCall(call_id=call.call_id)])
+            return
+        self._do(self._prefill.on_fetch(time.monotonic(), self._transports.offered(call)))
+
+    def on_taken(self, taken: FetchTaken) -> None:
+        """See FetchHandler."""
+        if self._prefill is not None:
+            self._do(self._prefill.on_taken(time.monotonic(), taken))
+
+    def on_call_broken(self, call_id: str) -> None:
+        """See FetchHandler."""
+        if self._prefill is not None:
+            self._do(self._prefill.on_call_broken(time.monotonic(), call_id))
+
+    def pack(self, transport: Transport, piece: Piece) -> Piece:
+        """See FetchHandler."""
+        return self._transports.connectors[transport].source().pack(piece)
+
+    # ---- sources (FetchCallHandler) and copies
+
+    def on_fetch_reply(self, call: FetchOpen, reply: FetchReply) -> None:
+        """See FetchCallHandler."""
+        if self._decode is None:
+            return
+        now = time.monotonic()
+        if isinstance(reply, FetchAccepted):
+            fence = CallFence(call_id=call.call_id, source_incarnation=call.source_incarnation)
+            try:
+                self._copies.begin_call(reply, fence)
+            except SourceUnreachableError as error:
+                _log.info("call %s: %s", call.call_id, error)
+                self._do(self._decode.on_local_unavailable(now, call.call_id))
+                return
+        self._do(self._decode.on_fetch_reply(now, call.call_id, reply))
+
+    def on_fetch_broken(self, call: FetchOpen) -> None:
+        """See FetchCallHandler."""
+        self._copies.end_call(call.call_id)
+        if self._decode is not None:
+            self._do(self._decode.on_fetch_broken(time.monotonic(), call.call_id))
+
+    def _on_copied(self, copy_id: int, ok: bool) -> None:
+        if self._decode is not None:
+            self._do(self._decode.on_copied(time.monotonic(), copy_id, ok))
+
+    # ---- effects and time
+
+    def _do(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            self._perform(effect)
+        self._links.flush()
+        self._arm_timer()
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case ToEngine(command=command):
+                self._engine.send(command)
+            case SendEntry(link_id=link_id, entry=entry):
+                self._links.put(link_id, entry)
+            case OpenFetch(source=source, open=opened):
+                self._calls.open(source, self._transports.asked(opened, source, self._info))
+            case SendTaken(taken=taken):
+                self._calls.send_taken(taken)
+            case CloseFetch(call_id=call_id):
+                self._calls.close_call(call_id)
+                self._copies.end_call(call_id)
+            case StartCopy(copy_id=copy_id, piece=piece, target_block_ids=targets):
+                self._copies.start(copy_id, piece, targets)
+            case SendFetch(call_id=call_id, reply=reply):
+                self._sources.send(call_id, reply)
+            case EndCall(call_id=call_id):
+                self._sources.end(call_id)
+
+    def _arm_timer(self) -> None:
+        if self._decode is None or self._prefill is None:
+            return
+        now = time.monotonic()
+        wanted = [at for at in (self._decode.next_timer(), self._prefill.next_timer()) if at is not None]
+        at = min([now + MAX_TIMER_S, *wanted])
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, at - now), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._decode is None or self._prefill is None:
+            return
+        self._transports.sweep()
+        now = time.monotonic()
+        self._do([*self._decode.on_timer(now), *self._prefill.on_timer(now)])
