@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import orjson
 from starlette.types import Receive, Scope
 
-from cluster.errors import RequestError
+from cluster.errors import NeapError, RequestError, UnavailableError
 
 MAX_JSON_DEPTH = 64
 BODY_TIMEOUT_S = 60.0
@@ -18,12 +20,38 @@ LINGER_BYTES = 256 << 20
 LINGER_S = 10.0
 
 
+class BodyBudget:
+    """Bytes of all bodies that are being read or tokenised now; one client can't fill the memory with many."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._held = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes more bytes; all are given back at the end. It raises UnavailableError overloaded."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            taken += size
+            self._held += size
+            if self._held > self._max_bytes:
+                raise UnavailableError("overloaded", retry_after_s=2.0)
+
+        try:
+            yield take
+        finally:
+            self._held -= taken
+
+
 class ClientGone(Exception):
     """The client closed the connection before it had sent everything."""
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises RequestError body_too_large or deadline_exceeded (slow sender), ClientGone."""
+async def read_body(scope: Scope, receive: Receive, limit: int, take: Callable[[int], None]) -> bytes:
+    """The whole body; `take` is told of every chunk. Raises RequestError body_too_large or deadline_exceeded (slow
+    sender), ClientGone, and what `take` raises."""
     headers = dict(scope["headers"])
     declared = headers.get(b"content-length", b"")
     closing = scope.get("http_version") == "1.0" or b"close" in headers.get(b"connection", b"").lower()
@@ -31,16 +59,16 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             if declared.isdigit() and int(declared) > limit:
                 raise RequestError("body_too_large", f"The body is larger than {limit} bytes.")
-            return await _read(receive, limit)
+            return await _read(receive, limit, take)
     except TimeoutError:
         raise RequestError("deadline_exceeded", "The body did not arrive in time.") from None
-    except RequestError:
+    except NeapError:
         if closing and b"expect" not in headers:
             await _linger(receive)
         raise
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
+async def _read(receive: Receive, limit: int, take: Callable[[int], None]) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -52,6 +80,7 @@ async def _read(receive: Receive, limit: int) -> bytes:
         if size > limit:
             raise RequestError("body_too_large", f"The body is larger than {limit} bytes.")
         if chunk:
+            take(len(chunk))
             chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)

@@ -44,11 +44,20 @@ async def _generate(
     started = service.clock()
     service.check_open()
     deadline = started + parse_timeout(http.headers.get("x-neap-timeout-ms"), service.spec.default_timeout_s)
-    body = await read_body(http.scope, http.receive, service.spec.max_body_bytes)
-    read = partial(_read, body, parse)
-    request = read() if len(body) <= INLINE_BODY_BYTES else await service.off_loop(read)
-    service.metrics.requests.labels("chat" if isinstance(request, ChatRequest) else "completions").inc()
-    service.check_model(request.model)
+    with service.bodies.share() as take:
+        body = await read_body(http.scope, http.receive, service.spec.max_body_bytes, take)
+        read = partial(_read, body, parse)
+        request = read() if len(body) <= INLINE_BODY_BYTES else await service.off_loop(read)
+        service.metrics.requests.labels("chat" if isinstance(request, ChatRequest) else "completions").inc()
+        service.check_model(request.model)
+        plan, text = await _plan(service, request, http.scope[REQUEST_ID], deadline)
+    service.check_open()  # again: a drain may have begun meanwhile
+    return _response(service, text, request, plan, started)
+
+
+async def _plan(
+    service: RouterService, request: ChatRequest | CompletionRequest, request_id: str, deadline: float
+) -> tuple[Plan, Tokenizer]:
     limits, text = service.limits(), service.text
     if text is None:
         raise UnavailableError("model_not_ready", retry_after_s=2.0)
@@ -58,14 +67,9 @@ async def _generate(
     for prompt in prompts:
         check_token_ids(prompt, limits.vocab_size)
     plan = make_plan(
-        request,
-        prompts,
-        params,
-        request_id=http.scope[REQUEST_ID],
-        max_model_len=limits.max_model_len,
-        deadline=deadline,
+        request, prompts, params, request_id=request_id, max_model_len=limits.max_model_len, deadline=deadline
     )
-    return _response(service, text, request, plan, started)
+    return plan, text
 
 
 def _read(body: bytes, parse: Callable[[dict[str, Any]], ChatRequest | CompletionRequest]) -> Any:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from cluster.errors import RequestError, UnavailableError
 from cluster.metrics import RouterMetrics
 from cluster.router.admission import Admission
+from cluster.router.body import BodyBudget
 from cluster.router.call import CallContext
 from cluster.router.openai.sampling import SamplingDefaults, load_defaults
 from cluster.router.sse import PING_S
@@ -23,6 +24,7 @@ from cluster.spec import RouterSpec
 from engine.text.tokenizer import Tokenizer
 
 TEXT_THREADS = 2
+MAX_BODIES = 64  # of the largest allowed size, in memory at once
 LAG_SAMPLE_S = 0.25
 
 log = logging.getLogger("neap.router")
@@ -84,12 +86,13 @@ class RouterService:
             clock=clock,
             max_blocked_bytes=spec.stream_buffer_bytes // 2,  # the kernel and the server's own buffer hold the rest
         )
+        self.bodies = BodyBudget(MAX_BODIES * spec.max_body_bytes)
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._num_in_threads = 0
 
     async def off_loop(self, work: Callable[[], _Result]) -> _Result:
-        """Run work in a text thread; bounded like the queue. Raises UnavailableError overloaded."""
-        if self._num_in_threads >= self.spec.max_queue:
+        """Run work in a text thread; bounded like all requests together. Raises UnavailableError overloaded."""
+        if self._num_in_threads >= self.spec.max_queue + self.spec.max_running:
             raise UnavailableError("overloaded", retry_after_s=self.admission.retry_after_s(self.clock()))
         self._num_in_threads += 1
         try:

@@ -239,7 +239,8 @@ class WorkerLinks:
                 self._hand_over(effect.request_id, effect)
             elif isinstance(effect, Ended):
                 if effect.code is not None:
-                    log.warning("request %s failed: %s %s", effect.request_id, effect.code, effect.message)
+                    level = logging.INFO if effect.code == "deadline_exceeded" else logging.WARNING
+                    log.log(level, "request %s failed: %s %s", effect.request_id, effect.code, effect.message)
                 self._hand_over(effect.request_id, effect)
                 self._receivers.pop(effect.request_id, None)
                 self._one_ended.set()

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import RequestError
-from cluster.router.body import MAX_JSON_DEPTH, ClientGone, parse_object, read_body
+from cluster.errors import RequestError, UnavailableError
+from cluster.router.body import MAX_JSON_DEPTH, BodyBudget, ClientGone, parse_object, read_body
 
 
 def read(chunks: list[bytes | None], limit: int, **headers: bytes) -> tuple[bytes, int]:
@@ -24,7 +24,7 @@ def read(chunks: list[bytes | None], limit: int, **headers: bytes) -> tuple[byte
         return {"type": "http.request", "body": chunk, "more_body": num_read < len(chunks)}
 
     scope = {"headers": [(name.replace("_", "-").encode(), value) for name, value in headers.items()]}
-    return asyncio.run(read_body(scope, receive, limit)), num_read
+    return asyncio.run(read_body(scope, receive, limit, lambda _: None)), num_read
 
 
 def test_a_body_within_the_limit_is_whole() -> None:
@@ -74,3 +74,15 @@ def test_nan_passes_so_that_its_field_can_be_named() -> None:
 def test_usual_depth_is_fine() -> None:
     depth = MAX_JSON_DEPTH - 1
     parse_object(b'{"a":' * depth + b"1" + b"}" * depth)
+
+
+def test_all_bodies_together_are_bounded_and_give_back() -> None:
+    budget = BodyBudget(100)
+    with budget.share() as one, budget.share() as two:
+        one(60)
+        two(40)
+        with pytest.raises(UnavailableError) as caught:
+            two(1)
+        assert caught.value.code == "overloaded"
+    with budget.share() as again:
+        again(100)
