@@ -69,10 +69,11 @@ def curl_line(client: RouterClient, model: str) -> str:
 class _Box:
     """The ready box and single lines, the same on a terminal and elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
-        self._started = time.monotonic()
-        self._rates = Rates()
+        self._clock = clock
+        self._started = clock()
+        self._rates = Rates(clock)
 
     def tell(self, line: str) -> None:
         """One event for people."""
@@ -80,7 +81,7 @@ class _Box:
 
     def ready(self, client: RouterClient, model: str, notes: tuple[tuple[str, str], ...]) -> None:
         """The ready box. Its lines have no border, so that they can be copied."""
-        seconds = time.monotonic() - self._started
+        seconds = self._clock() - self._started
         rows = [("endpoint", f"{client.url}/v1"), ("model", model), *notes, ("talk", "neap chat"), ("stop", "ctrl-C")]
         width = max(len(name) for name, _ in rows) + 2
         self._console.rule(f"[bold green]neap is ready[/] after {seconds:.0f} s", align="left")
@@ -102,7 +103,7 @@ class TerminalScreen(_Box):
         """Redraw the table."""
         if not self._live.is_started:
             self._live.start()
-        seconds = time.monotonic() - self._started
+        seconds = self._clock() - self._started
         table = Table.grid(padding=(0, 2))
         for view in snapshot.workers:
             bar: ProgressBar | str = ""
@@ -124,8 +125,7 @@ class LineScreen(_Box):
     """A line each 10 s, and at each change of what is done."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(console)
-        self._clock = clock
+        super().__init__(console, clock)
         self._next = 0.0
         self._doing = ""
 
