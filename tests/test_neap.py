@@ -63,3 +63,9 @@ def test_a_foreign_package_that_is_already_imported_is_refused() -> None:
     code = "import types; sys.modules['cluster'] = types.ModuleType('cluster')\nimport neap"
     done = run_python(code, ROOT)
     assert "neap needs its own package 'cluster'" in done.stderr
+
+
+def test_main_is_the_command_line() -> None:
+    code = "import types; sys.modules['cluster.cli'] = types.SimpleNamespace(main=lambda: print('ran'))\n"
+    done = run_python(code + "import neap; neap.main()", ROOT)
+    assert done.stdout.strip() == "ran", done.stderr
