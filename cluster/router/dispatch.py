@@ -17,6 +17,7 @@ has. `next_timer` is an absolute monotonic second.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from random import Random
@@ -273,7 +274,7 @@ class Dispatcher:
             prompt=submit.prompt,
             choices=choices,
             params=submit.params,
-            remaining_ms=max(1, int((submit.deadline - now) * 1000)),
+            remaining_ms=max(1, math.ceil((submit.deadline - now) * 1000)),  # ours passes first
             sources=tuple(
                 SourceRef(worker_id=ref.worker_id, incarnation=ref.incarnation, address=ref.address) for ref in refs
             ),

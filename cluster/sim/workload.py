@@ -24,11 +24,12 @@ def fake(
     max_num_seqs: int = 8,
     max_num_served: int = 8,
     stop_probability: float = 0.0,
+    fixed_ms: float = 1.0,
     ms_per_token: float = 0.05,
     max_step_ms: float = 20.0,
     steps_in_flight: int = 0,
 ) -> FakeConfig:
-    """A small engine: steps of 1 ms and 0.05 ms per token, at most 20 ms."""
+    """A small engine. A step takes fixed_ms and ms_per_token, at most max_step_ms."""
     return FakeConfig(
         engine=EngineConfig(
             model="fake",
@@ -39,7 +40,7 @@ def fake(
             steps_in_flight=1 if steps_in_flight else 0,
         ),
         model=FakeModel(stop_probability=stop_probability),
-        speed=StepCost(fixed_ms=1.0, ms_per_token=ms_per_token),
+        speed=StepCost(fixed_ms=fixed_ms, ms_per_token=ms_per_token),
         num_blocks=num_blocks,
     )
 

@@ -16,6 +16,7 @@ Life cycle of a pull:
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from typing import Protocol
 
@@ -336,7 +337,7 @@ class Puller:
             start=call.start,
             end=call.end,
             max_compute_tokens=source.max_compute_tokens,
-            remaining_ms=max(1, int((request.deadline - now) * 1000)),
+            remaining_ms=max(1, math.ceil((request.deadline - now) * 1000)),  # ours passes first
             cache_salt=dispatch.cache_salt,
             transports=transports,
         )
