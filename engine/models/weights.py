@@ -48,12 +48,12 @@ def shard_paths(model_dir: Path) -> list[Path]:
 def load_weights(model: Ernie45ForCausalLM, model_dir: Path, progress: Progress | None = None) -> None:
     """Fill every weight of `model` and pack it.
 
-    `progress(done, total)` in bytes, after each tensor. Multi-token-prediction weights are ignored, and so is an
+    `progress(done, total)` in bytes, about 100 times. Multi-token-prediction weights are ignored, and so is an
     lm_head.weight where the config ties it. Raises ValueError naming tensors that are missing, unexpected or misshapen.
     """
     targets = dict(model.targets())
     paths = shard_paths(model_dir)
-    done, total = 0, sum(path.stat().st_size for path in paths)
+    done, told, total = 0, 0, sum(path.stat().st_size for path in paths)
     unexpected: list[str] = []
     for name, tensor in _tensors(paths):
         target = targets.pop(name, None)
@@ -64,8 +64,9 @@ def load_weights(model: Ernie45ForCausalLM, model_dir: Path, progress: Progress 
         elif not _ignored(name, model.config.tie_word_embeddings):
             unexpected.append(name)
         done += tensor.nbytes
-        if progress is not None:
-            progress(min(done, total), total)
+        if progress is not None and (done - told) * 100 >= total:
+            told = done
+            progress(done, total)
     if unexpected:
         raise ValueError(f"{model_dir}: unexpected weights: {_some(unexpected)}")
     if targets:
