@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
 
 import msgspec
 
-from cluster.router.server import parent_pipe_given, run_router
+from cluster.router.server import run_router
 from cluster.spec import RouterSpec
-
-_PR_SET_PDEATHSIG = 1
+from cluster.worker.lifeline import die_with_parent, is_pipe
 
 
 def main(arguments: list[str]) -> int:
@@ -22,9 +19,8 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s router %(levelname)s %(name)s: %(message)s")
     if len(arguments) != 1:
         return _failed("usage: python -m cluster.router SPEC.json")
-    if parent_pipe_given():
-        # a parent that is killed takes us along; one that died before this line has closed our stdin
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if is_pipe(sys.stdin.fileno()):  # whoever started us watches over us; a person at a terminal does not
+        die_with_parent()
     try:
         spec = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=RouterSpec)
         run_router(spec, _listening)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
-import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 
 import uvicorn
@@ -33,6 +33,7 @@ from cluster.router.workers import Connect, Link, LinkEvents, WorkerLinks
 from cluster.rpc.link import LinkClient
 from cluster.spec import RouterSpec
 from cluster.types import WorkerInfo
+from cluster.worker.lifeline import is_pipe, watch_pipe
 
 DRAIN_S = 20.0  # below the controller's patience
 CLOSE_S = 2.0  # for connections whose answers are written
@@ -94,7 +95,8 @@ class RouterProcess:
         self._stop.set()
 
     def abandon(self) -> None:
-        """Nobody is left to wait for us."""
+        """Whoever started us is gone: nobody is left to wait."""
+        log.warning("the process that started this one is gone")
         self._stop.set()
         self._hurry.set()
 
@@ -158,8 +160,8 @@ def run_router(spec: RouterSpec, on_listening: Callable[[str, int], None]) -> No
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, process.stop)
-        if parent_pipe_given():
-            loop.add_reader(0, _on_parent_pipe, loop, process)
+        if is_pipe(sys.stdin.fileno()):
+            watch_pipe(sys.stdin.fileno(), partial(loop.call_soon_threadsafe, process.abandon))
         await process.run(sock, on_listening)
 
     with contextlib.closing(sock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -170,18 +172,3 @@ def run_router(spec: RouterSpec, on_listening: Callable[[str, int], None]) -> No
             if values is None:
                 raise
             raise ValueError(str(values.exceptions[0])) from None
-
-
-def parent_pipe_given() -> bool:
-    """Whether stdin is a pipe that whoever started us holds."""
-    try:
-        return stat.S_ISFIFO(os.fstat(0).st_mode)
-    except OSError:
-        return False
-
-
-def _on_parent_pipe(loop: asyncio.AbstractEventLoop, process: RouterProcess) -> None:
-    if not os.read(0, 4096):
-        loop.remove_reader(0)
-        log.warning("the process that started this one is gone")
-        process.abandon()

@@ -108,7 +108,27 @@ def test_control_tokens_in_a_message_are_plain_text(rig: Rigs) -> None:
     asyncio.run(run())
 
 
-FIELDS = ["temperature", "top_p", "top_k", "n", "stop", "seed", "max_tokens", "logit_bias", "stream", "stream_options", "logprobs", "top_logprobs", "messages", "model", "min_p", "stop_token_ids", "user", "tools", "response_format"]
+FIELDS = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "stop",
+    "seed",
+    "max_tokens",
+    "logit_bias",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "messages",
+    "model",
+    "min_p",
+    "stop_token_ids",
+    "user",
+    "tools",
+    "response_format",
+]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
