@@ -19,6 +19,7 @@ class BatchBuilder:
         self._block_size = block_size
         self._decode: list[Entry] = []
         self._prefill: list[Entry] = []
+        self._rows: set[int] = set()
 
     @property
     def num_tokens_left(self) -> int:
@@ -29,6 +30,10 @@ class BatchBuilder:
     def has_room(self) -> bool:
         """Whether looking for another chunk makes sense."""
         return self._tokens_left > 0 and (self._ms_left > 0 or not self._prefill)
+
+    def has(self, seat: Seat) -> bool:
+        """Whether this step already computes something of `seat`."""
+        return seat.row in self._rows
 
     def add_decode(self, request: Request, seat: Seat) -> None:
         """One query token, sampled. Never refused for time: decode rows cannot be cut."""
@@ -62,7 +67,9 @@ class BatchBuilder:
 
     def _add(self, group: list[Entry], entry: Entry) -> None:
         assert not entry.seat.closed, f"row {entry.seat.row} is scheduled after it was given up"
+        assert not self.has(entry.seat), f"row {entry.seat.row} is scheduled twice in one step"
         group.append(entry)
+        self._rows.add(entry.seat.row)
         self._ms_left -= self._cost.row_ms(entry.query_len, entry.seat.num_computed)
         self._tokens_left -= entry.query_len
 

@@ -34,7 +34,7 @@ def schedule_running_prefills(book: RequestBook, builder: BatchBuilder, *, only_
     for request in book.oldest_first():
         seat = request.seat
         assert seat is not None, f"{request.request_id} runs without a seat"
-        if seat.num_sampling or request.num_tokens - seat.num_computed < 2 or (only_pulled and not request.pulled):
+        if builder.has(seat) or request.num_tokens - seat.num_computed < 2 or (only_pulled and not request.pulled):
             continue
         add_chunk(request, seat, builder)
 

@@ -37,7 +37,7 @@ MODEL = FakeModel()
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
 
-def build(num_blocks: int = 64, **engine: int | float) -> EngineCore:
+def build(num_blocks: int = 64, **engine: int | float | str) -> EngineCore:
     options = EngineConfig(model="fake", max_model_len=512, **{"max_batched_tokens": 64, **engine})  # type: ignore[arg-type]
     return build_fake_engine(FakeConfig(engine=options, num_blocks=num_blocks))
 
@@ -172,6 +172,23 @@ def test_a_pulled_prompt_gives_its_first_token_in_the_very_next_step(length: int
     source.submit(EndServe(call_id="c"))
     source.step()
     assert source.load().num_referenced_blocks == 0
+
+
+@pytest.mark.parametrize("held", [0, 20, 48, 99])
+def test_a_broken_pull_is_completed_by_computing(held: int) -> None:
+    source, target = build(role="prefill"), build(role="prefill")
+    (reserved,), _ = run(target, Reserve(add=add("a", 101)))
+    assert isinstance(reserved, Reserved)
+    replies, _ = run(source, Serve(call_id="c", tokens=raw(prompt(101)), start=0, end=100))
+    for piece in [reply for reply in replies if isinstance(reply, ServedPiece)]:
+        pull(source, target, piece, reserved.block_ids)
+    target.submit(PullClosed(request_id="a", num_computed_tokens=held))
+    events = target.step()
+    assert events is not None and 0 < events.num_tokens <= min(101 - held, 64)
+    _, tokens = run(target)
+    assert list(events.tokens[0].token_ids if events.tokens else []) + text(tokens, "a") == MODEL.oracle(
+        prompt(101), GREEDY
+    )
 
 
 def test_an_aborted_pull_keeps_its_blocks_in_quarantine_until_it_closes() -> None:

@@ -387,7 +387,7 @@ def run(runner_class: type[FakeRunner], max_examples: int, num_rules: int) -> No
 
 
 def test_any_order_of_commands_keeps_texts_and_blocks_right(watched_runner: type[FakeRunner]) -> None:
-    run(watched_runner, 80, 40)
+    run(watched_runner, 120, 40)
 
 
 @pytest.mark.long
