@@ -1,0 +1,334 @@
+"""Workers as real processes with the exact fake: a prefill and a decode worker on loopback, faults, and ends.
+
+The test is the router: it holds a LinkClient to each worker and compares every text with the oracle's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from cluster.rpc.link import LinkClient
+from cluster.spec import FakeSpec, WorkerSpec
+from cluster.types import (
+    AbortRequest,
+    Choice,
+    Dispatch,
+    Entry,
+    Failed,
+    Heartbeat,
+    News,
+    SourceRef,
+    Tokens,
+    Transport,
+    WorkerInfo,
+)
+from cluster.worker.rank import fake_config
+from engine.config import EngineConfig, Role
+from engine.request import SamplingParams
+
+FAST = FakeSpec()
+SLOW = FakeSpec(ms_per_token=1.0)  # a prompt of 1,500 tokens takes 1.5 s, in chunks of 0.1 s
+ENGINE = EngineConfig(model="fake", max_step_ms=100.0)
+BOTH: list[Transport] = ["local", "grpc"]
+
+
+@dataclass
+class Request:
+    """One request as its client sees it."""
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    news: list[News] = field(default_factory=list)
+    path: str | None = None
+    finish: str | None = None
+    failed: Failed | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.finish is not None or self.failed is not None
+
+    def oracle(self, fake: FakeSpec) -> list[int]:
+        return fake_config(ENGINE, fake).model.oracle(self.prompt, self.params, seed=self.seed)
+
+
+class Worker:
+    """A worker process and this test's link to it."""
+
+    def __init__(self, role: Role, transport: Transport, fake: FakeSpec, folder: Path) -> None:
+        spec = WorkerSpec(
+            worker_id=f"{role}-1", pool=role, role=role, engine=ENGINE, fake=fake, transports=(transport,)
+        )
+        path = folder / f"{role}.json"
+        path.write_bytes(msgspec.json.encode(spec))
+        self.log = (folder / f"{role}.log").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.worker", str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+        )
+        self.worker_id = spec.worker_id
+        self.requests: dict[str, Request] = {}
+        self.beat: Heartbeat | None = None
+        self.downs = 0
+        self.link: LinkClient
+
+    async def connect(self) -> None:
+        assert self.process.stdout is not None
+        line = await asyncio.to_thread(self.process.stdout.readline)
+        info = WorkerInfo(
+            worker_id=self.worker_id,
+            incarnation="",
+            epoch=0,
+            role="decode",
+            state="starting",
+            address=json.loads(line)["listening"],
+        )
+        self.link = LinkClient(info, "test", lambda _: None, self._on_beat, self._on_entries, self._on_down)
+        self.link.start()
+        await until(lambda: self.beat is not None and self.beat.info.state == "ready")
+
+    def _on_beat(self, beat: Heartbeat) -> None:
+        self.beat = beat
+
+    def _on_down(self, worker_id: str) -> None:
+        assert worker_id == self.worker_id
+        self.downs += 1
+
+    def _on_entries(self, worker_id: str, entries: tuple[Entry, ...]) -> None:
+        assert worker_id == self.worker_id
+        for entry in entries:
+            request = self.requests[entry.request_id]
+            if isinstance(entry, Tokens):
+                assert entry.position == len(request.tokens), "a gap, or a token twice"
+                request.tokens += entry.token_ids
+                request.path = request.path or entry.path
+                request.finish = entry.finish_reason
+            elif isinstance(entry, News):
+                request.news.append(entry)
+            else:
+                request.failed = entry
+
+    def info(self) -> WorkerInfo:
+        assert self.beat is not None
+        return self.beat.info
+
+    def submit(self, request_id: str, request: Request, source: Worker) -> None:
+        self.requests[request_id] = request
+        ref = SourceRef(
+            worker_id=source.worker_id, incarnation=source.info().incarnation, address=source.info().address
+        )
+        dispatch = Dispatch(
+            request_id=request_id,
+            attempt=1,
+            incarnation=self.info().incarnation,
+            epoch=self.info().epoch,
+            prompt=np.array(request.prompt, dtype="<i4").tobytes(),
+            choices=(Choice(index=0, seed=request.seed),),
+            params=request.params,
+            remaining_ms=60_000,
+            sources=(ref,),
+        )
+        self.link.send(dispatch)
+
+    def is_idle(self) -> bool:
+        """Whether the last heartbeat shows no block that anybody holds."""
+        assert self.beat is not None
+        load = self.beat.load
+        return not (load.num_referenced_blocks or load.num_quarantined_blocks or load.num_running or load.num_served)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    async def close(self) -> None:
+        if hasattr(self, "link"):
+            await self.link.close()
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.log):
+            assert stream is not None
+            stream.close()
+
+
+@dataclass
+class Pair:
+    """The cluster under test."""
+
+    decode: Worker
+    prefill: Worker
+    fake: FakeSpec
+
+
+@asynccontextmanager
+async def cluster(transport: Transport, fake: FakeSpec, folder: Path) -> AsyncIterator[Pair]:
+    decode = Worker("decode", transport, fake, folder)
+    prefill = Worker("prefill", transport, fake, folder)
+    try:
+        await asyncio.gather(decode.connect(), prefill.connect())
+        yield Pair(decode, prefill, fake)
+    finally:
+        await asyncio.gather(decode.close(), prefill.close())
+
+
+async def until(condition: Callable[[], object], limit_s: float = 60) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def make_request(number: int, num_tokens: int, max_tokens: int = 12) -> Request:
+    prompt = np.random.default_rng(number).integers(3, FAST.vocab_size, num_tokens).tolist()
+    params = SamplingParams(temperature=0.8 if number % 2 else 0.0, max_tokens=max_tokens)
+    return Request(prompt, params, seed=1000 + number)
+
+
+async def finish(pair: Pair, *requests: Request) -> None:
+    """Wait for the ends, and compare every text with the oracle's."""
+    await until(lambda: all(request.is_over for request in requests))
+    for request in requests:
+        assert request.failed is None
+        assert request.tokens == request.oracle(pair.fake)
+
+
+@pytest.mark.parametrize("transport", BOTH)
+def test_every_text_equals_the_oracles_and_every_block_is_given_back(transport: Transport, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster(transport, FAST, tmp_path) as pair:
+            requests = [make_request(i, 40 + 37 * i) for i in range(24)]
+            for i, request in enumerate(requests):
+                pair.decode.submit(f"r{i}", request, pair.prefill)
+            await finish(pair, *requests)
+            assert {request.path for request in requests} == {"prefill-decode"}
+            again = Request(requests[9].prompt, requests[9].params, seed=5)  # held by the decode worker now
+            pair.decode.submit("again", again, pair.prefill)
+            await finish(pair, again)
+            assert again.path == "decode-only"
+            await until(lambda: pair.decode.is_idle() and pair.prefill.is_idle())
+
+    asyncio.run(run())
+
+
+async def _fault_in_mid_transfer(pair: Pair, number: signal.Signals) -> Request:
+    request = make_request(1, 1500)
+    pair.decode.submit("r", request, pair.prefill)
+    await until(lambda: any(news.stage == "transferring" for news in request.news))
+    assert not request.tokens
+    os.kill(pair.prefill.process.pid, number)
+    await finish(pair, request)
+    return request
+
+
+@pytest.mark.parametrize("transport", BOTH)
+def test_a_source_killed_in_mid_transfer_changes_no_token(transport: Transport, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster(transport, SLOW, tmp_path) as pair:
+            request = await _fault_in_mid_transfer(pair, signal.SIGKILL)
+            assert request.path != "prefill-decode"  # the source did not get to the end
+            await until(pair.decode.is_idle)
+            await until(lambda: pair.prefill.downs == 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("transport", BOTH)
+def test_a_source_stopped_in_mid_transfer_changes_no_token(transport: Transport, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster(transport, SLOW, tmp_path) as pair:
+            request = await _fault_in_mid_transfer(pair, signal.SIGSTOP)
+            assert request.path != "prefill-decode"
+            await until(pair.decode.is_idle)
+            await until(lambda: pair.prefill.downs == 1)  # the keepalive of the link finds it too
+            os.kill(pair.prefill.process.pid, signal.SIGCONT)
+            await until(lambda: pair.prefill.link.is_up)
+            await until(pair.prefill.is_idle)  # the call was the lease
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("transport", BOTH)
+def test_an_abort_gives_every_block_back_on_both_workers(transport: Transport, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster(transport, SLOW, tmp_path) as pair:
+            stages: list[Callable[[Request], object]] = [
+                lambda request: True,
+                lambda request: request.news,
+                lambda request: any(news.stage == "transferring" for news in request.news),
+                lambda request: request.tokens,
+            ]
+            for i, stage in enumerate(stages):
+                request = make_request(i, 700, max_tokens=400)
+                pair.decode.submit(f"r{i}", request, pair.prefill)
+                await until(lambda stage=stage, request=request: stage(request))  # type: ignore[misc]
+                pair.decode.link.send(AbortRequest(request_id=f"r{i}", attempt=1))
+                steps = pair.decode.beat
+                await until(lambda steps=steps: pair.decode.beat is not steps)  # type: ignore[misc]
+                await until(lambda: pair.decode.is_idle() and pair.prefill.is_idle())
+                assert not request.is_over
+
+    asyncio.run(run())
+
+
+def test_a_broken_link_drops_its_requests(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster("local", SLOW, tmp_path) as pair:
+            pair.decode.submit("r", make_request(1, 100, max_tokens=4000), pair.prefill)
+            await until(lambda: pair.decode.requests["r"].tokens)
+            pair.decode.link.drop("test")
+            await until(lambda: pair.decode.downs == 1 and pair.decode.link.is_up)
+            await until(pair.decode.is_idle)
+
+    asyncio.run(run())
+
+
+def test_no_process_outlives_a_worker_that_is_killed_or_whose_rank_dies(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster("local", FAST, tmp_path) as pair:
+            (decode_rank,) = pair.decode.children()
+            (prefill_rank,) = pair.prefill.children()
+            pair.decode.process.kill()
+            await asyncio.to_thread(decode_rank.wait, 60)
+            prefill_rank.kill()
+            assert await asyncio.to_thread(pair.prefill.process.wait, 60) == 1
+            await until(lambda: pair.decode.downs == pair.prefill.downs == 1)
+
+    asyncio.run(run())
+
+
+def test_a_signal_drains_a_lost_parent_does_not_wait_and_both_exit_with_zero(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster("local", SLOW, tmp_path) as pair:
+            children = [*pair.decode.children(), *pair.prefill.children()]
+            request = make_request(1, 200, max_tokens=100)
+            pair.decode.submit("r", request, pair.prefill)
+            await until(lambda: request.tokens)
+            pair.decode.process.terminate()
+            await finish(pair, request)
+            assert await asyncio.to_thread(pair.decode.process.wait, 60) == 0
+            assert pair.prefill.process.stdin is not None
+            pair.prefill.process.stdin.close()
+            assert await asyncio.to_thread(pair.prefill.process.wait, 60) == 0
+            assert psutil.wait_procs(children, 0)[1] == []
+
+    asyncio.run(run())
+
+
+def test_the_network_process_imports_no_torch() -> None:
+    code = "import cluster.worker.__main__, sys; print('torch' in sys.modules, 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
