@@ -99,8 +99,9 @@ class SimRouter:
         worker.welcome(link_id, connection)
 
     def break_link(self, worker_id: str) -> None:
-        """The network breaks the link; both ends live on."""
-        self._links[worker_id].cut()
+        """The network breaks the link, if there is one; both ends live on."""
+        if (link := self._links.get(worker_id)) is not None:
+            link.cut()
 
     def _connect_later(self, worker_id: str) -> None:
         self.process.at(self._world.clock.now + RECONNECT_S, lambda: self.connect(worker_id))
