@@ -10,7 +10,9 @@ from rich.table import Table
 
 from cluster.control.router_client import RouterClient, RouterError
 
-_COLUMNS = ("worker", "role", "epoch", "state", "link", "running", "waiting", "served", "KV use", "node", "pid")
+_COLUMNS = ("worker", "role", "epoch", "state", "link", "run", "wait", "serve", "KV", "node", "pid")
+_NUMBERS = {"epoch", "run", "wait", "serve", "KV"}
+_WIDTH = 140  # where there is no terminal
 
 
 def status(client: RouterClient, *, as_json: bool) -> int:
@@ -21,7 +23,8 @@ def status(client: RouterClient, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(body, indent=2))
     else:
-        show(body, Console())
+        console = Console()
+        show(body, console if console.is_terminal else Console(width=_WIDTH))
     return 0 if body["readiness"]["status"] == "ready" else 3
 
 
@@ -39,11 +42,9 @@ def show(body: dict[str, Any], console: Console) -> None:
     words = readiness["status"] + (f": {readiness['reason']}" if readiness["reason"] else "")
     console.print(f"{body['model']}: {words} (neap {body['version']}, up {body['uptime_s']:.0f} s)", highlight=False)
     console.print(f"requests: {requests['running']} running, {requests['queued']} queued", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for name in _COLUMNS:
-        table.add_column(
-            name, justify="right" if name in ("epoch", "running", "waiting", "served", "KV use") else "left"
-        )
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
     for worker in body["workers"]:
         load = worker.get("load") or {}
         state = "hung" if worker.get("hung") else worker["state"]
