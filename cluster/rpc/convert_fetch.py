@@ -89,13 +89,16 @@ def _accepted_from_pb(pb: k.FetchAccepted) -> FetchAccepted:
     )
 
 
-def _piece_to_pb(piece: Piece) -> k.Piece:
-    return k.Piece(
-        shape=piece.shape,
-        checksums=piece.checksums,
-        block_ids=piece.block_ids,
-        **{name: getattr(piece, name) for name in _PIECE_PLAIN},
-    )
+def _piece_to_pb(piece: Piece) -> k.FetchReply:
+    """Filled in place: a message that is passed to another one's constructor is copied, payload and all."""
+    reply = k.FetchReply()
+    pb = reply.piece
+    for name in _PIECE_PLAIN:
+        setattr(pb, name, getattr(piece, name))
+    pb.shape.extend(piece.shape)
+    pb.checksums.extend(piece.checksums)
+    pb.block_ids.extend(piece.block_ids)
+    return reply
 
 
 def _piece_from_pb(pb: k.Piece) -> Piece:
@@ -109,7 +112,7 @@ def _piece_from_pb(pb: k.Piece) -> Piece:
 
 def fetch_reply_to_pb(reply: FetchReply) -> k.FetchReply:
     if isinstance(reply, Piece):
-        return k.FetchReply(piece=_piece_to_pb(reply))
+        return _piece_to_pb(reply)
     if isinstance(reply, FetchNews):
         return k.FetchReply(news=k.FetchNews(computed_tokens=reply.computed_tokens, queue_ms=reply.queue_ms))
     if isinstance(reply, FetchAccepted):

@@ -24,14 +24,11 @@ class GrpcSource:
     def pack(self, piece: Piece) -> Piece:
         """See SourceConnector. The block ids mean nothing to the receiver and stay here."""
         layout = self._memory.layout
-        payload = np.empty(payload_bytes(piece, layout), dtype=np.uint8)
-        offset = 0
+        parts = []
         for index, block_id in enumerate(piece.block_ids):
             num_tokens = min(layout.block_size, piece.end_tokens - (piece.first_block + index) * layout.block_size)
-            view = block_view(self._memory, block_id, num_tokens)
-            np.copyto(payload[offset : offset + view.size].reshape(view.shape), view)
-            offset += view.size
-        return replace(piece, payload=payload.tobytes(), block_ids=())
+            parts.append(np.ascontiguousarray(block_view(self._memory, block_id, num_tokens)).data)
+        return replace(piece, payload=b"".join(parts), block_ids=())
 
 
 class GrpcReceiver:
