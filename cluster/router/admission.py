@@ -56,18 +56,19 @@ class Admission:
         self._num_queued += weight
         return None
 
-    def begun(self, request_id: str) -> None:
-        """A worker has begun with it. Said again, or said of one that left: ignored.
+    def begun(self, request_id: str) -> bool:
+        """A worker has begun with it. Said of one that left: ignored. Returns whether it counts as running now.
 
         Over max_running it stays queued, so that the sum stays bounded by the queue's size.
         """
         weight = self._queued.get(request_id)
         if weight is None or self._num_running + weight > self._max_running:
-            return
+            return request_id in self._running
         del self._queued[request_id]
         self._num_queued -= weight
         self._running[request_id] = weight
         self._num_running += weight
+        return True
 
     def leave(self, now: float, request_id: str) -> None:
         """It is over, however it ended."""

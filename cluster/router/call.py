@@ -74,6 +74,7 @@ class Call:
         self._last_token_at: dict[int, float] = {}
         self._expired = False
         self._admitted = False
+        self._has_begun = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -141,8 +142,9 @@ class Call:
         metrics.generation_tokens.inc(len(tokens.token_ids))
 
     def _begun(self) -> None:
-        self._context.admission.begun(self.plan.request_id)
-        self._count_load()
+        if not self._has_begun:
+            self._has_begun = self._context.admission.begun(self.plan.request_id)
+            self._count_load()
 
     def _count_load(self) -> None:
         self._context.metrics.queued.set(self._context.admission.num_queued)
