@@ -191,6 +191,21 @@ def test_a_broken_pull_is_completed_by_computing(held: int) -> None:
     )
 
 
+def test_blocks_committed_beyond_the_valid_prefix_are_kept_in_the_cache_and_not_written_again() -> None:
+    source, target = build(), build()
+    (reserved,), _ = run(target, Reserve(add=add("a", 70)))
+    assert isinstance(reserved, Reserved)
+    replies, _ = run(source, Serve(call_id="c", tokens=raw(prompt(70)), start=0, end=64))
+    for piece in [reply for reply in replies if isinstance(reply, ServedPiece)]:
+        pull(source, target, piece, reserved.block_ids)
+        target.submit(Commit(request_id="a", first_block=piece.first_block, checksums=piece.checksums))
+    target.submit(PullClosed(request_id="a", num_computed_tokens=24))
+    events = target.step()
+    assert events is not None and events.num_tokens == 70 - 16, "the block that holds token 24 is shared by now"
+    _, tokens = run(target)
+    assert list(events.tokens[0].token_ids) + text(tokens, "a") == MODEL.oracle(prompt(70), GREEDY)
+
+
 def test_an_aborted_pull_keeps_its_blocks_in_quarantine_until_it_closes() -> None:
     core = build(num_blocks=5)
     run(core, Reserve(add=add("a", 60)))

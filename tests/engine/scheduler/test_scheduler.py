@@ -141,10 +141,10 @@ def two_in_a_full_pool(in_flight: int) -> tuple[EngineCore, ScheduledBatch]:
 
 def test_the_newest_is_preempted_and_keeps_what_it_had() -> None:
     core, batch = two_in_a_full_pool(in_flight=0)
+    core.scheduler.add(add("later", 60, first_token=30))
     land(core, batch)
     batch = schedule(core.scheduler)
     assert batch.rows.tolist() == [0] and core.load().num_preemptions == 1
-    core.scheduler.add(add("later", 10, first_token=30))
     core.scheduler.abort(Abort(request_id="old"))
     land(core, batch)
     again = schedule(core.scheduler)
