@@ -26,7 +26,8 @@ def test_deadlines_come_in_order_and_once() -> None:
 def test_silence_passes_when_we_ran_all_the_time() -> None:
     timers: Timers[str] = Timers()
     timers.watch("peer", 0.0, SILENCE_S)
-    now, due = 0.0, []
+    now = 0.0
+    due: list[str] = []
     while not due:
         at = timers.next()
         assert at is not None and at - now <= TICK_S

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cluster.types import (
     AbortRequest,
     Choice,
     Dispatch,
-    Failed,
     FetchAccepted,
     FetchBusy,
     FetchMoved,
@@ -21,7 +19,6 @@ from cluster.types import (
     FetchOpen,
     FetchRefused,
     FetchReply,
-    LocalMemory,
     Piece,
     SourceRef,
     Tokens,
@@ -62,7 +59,6 @@ INFO = WorkerInfo(
 )
 NUM_TOKENS = 105  # n - 1 = 104: six whole blocks and half of the seventh
 TABLE = tuple(range(10, 17))
-LOCAL = LocalMemory(path="/x", nonce=b"n", num_blocks=64)
 
 
 def source(name: str = "p1") -> SourceRef:
@@ -87,7 +83,7 @@ class Pulling:
             attempt=1,
             incarnation=INFO.incarnation,
             epoch=1,
-            prompt=np.full(NUM_TOKENS, 5, dtype="<i4").tobytes(),
+            prompt=bytes([5, 0, 0, 0]) * NUM_TOKENS,
             choices=tuple(Choice(index=i, seed=i) for i in range(self.choices)),
             params=SamplingParams(max_tokens=8),
             remaining_ms=60_000,
@@ -103,7 +99,7 @@ class Pulling:
         self.effects = self.machine.on_fetch_reply(now, self.call.call_id, reply)
 
     def accepts(self, **changes: Any) -> None:
-        reply = FetchAccepted(cached_tokens=0, end_tokens=104, queue_ms=0, transport="local", local=LOCAL)
+        reply = FetchAccepted(cached_tokens=0, end_tokens=104, queue_ms=0, transport="grpc")
         self.says(replace(reply, **changes))
 
     def reserved(self, cached: int = 0) -> None:
@@ -122,7 +118,6 @@ class Pulling:
             shape=LAYOUT.shape[1:],
             checksum_algorithm="xxh3_64",
             checksums=tuple(100 + first_block + i for i in range(num_blocks)),
-            block_ids=tuple(range(30, 30 + num_blocks)),
         )
         return replace(made, **changes)
 
@@ -140,7 +135,7 @@ class Pulling:
         """Effects, commands or entries of a kind among the last ones."""
         found = []
         for effect in self.effects:
-            inner = effect.command if isinstance(effect, ToEngine) else effect
+            inner: object = effect.command if isinstance(effect, ToEngine) else effect
             inner = inner.entry if isinstance(inner, SendEntry) else inner
             if isinstance(inner, kind):
                 found.append(inner)
