@@ -67,7 +67,7 @@ class Running:
 
     async def until(self, wanted: Callable[[], bool]) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            while not wanted() and not self.task.done():
+            while not wanted() and not self.task.done():  # noqa: ASYNC110 (the backend's polling tells nobody)
                 await asyncio.sleep(0.02)
         assert wanted()
 
