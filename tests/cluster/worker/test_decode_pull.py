@@ -55,7 +55,6 @@ INFO = WorkerInfo(
     kv_fingerprint=LAYOUT.fingerprint(),
     max_model_len=512,
     max_num_seqs=8,
-    vocab_size=256,
 )
 NUM_TOKENS = 105  # n - 1 = 104: six whole blocks and half of the seventh
 TABLE = tuple(range(10, 17))
