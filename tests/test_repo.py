@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +19,13 @@ MAX_FUNCTION_LINES = 60
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 UNSAFE = re.compile(r"\btorch\.load\(|(?<![\w.])eval\(|(?<![\w.])exec\(|\byaml\.load\(")
 UNFINISHED = re.compile(r"\bNotImplementedError\b|\bTODO\b|\bFIXME\b")
-ENVIRONMENT_READERS = {"cluster/config.py"}
+ENVIRONMENT_READERS = {"cluster/config/environment.py"}
 DISTRIBUTED_USERS = {"engine/parallel.py"}
 NO_IDEA = {"utils", "common", "helpers", "misc"}
 
 
-def python_files(*tops: str) -> Iterator[tuple[str, str, ast.Module]]:
+@functools.cache
+def sources() -> tuple[tuple[str, str, ast.Module], ...]:
     """(path from the root, text, syntax tree) of every source file that git would commit; generated stubs excluded."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
@@ -30,11 +34,14 @@ def python_files(*tops: str) -> Iterator[tuple[str, str, ast.Module]]:
         text=True,
         check=True,
     ).stdout.split()
-    for name in listed:
-        path = ROOT / name
-        if path.exists() and not name.startswith("cluster/rpc/pb/") and (not tops or name.startswith(tops)):
-            text = path.read_text(encoding="utf-8")
-            yield name, text, ast.parse(text)
+    names = [name for name in listed if (ROOT / name).exists() and not name.startswith("cluster/rpc/pb/")]
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+    return tuple((name, text, ast.parse(text)) for name, text in texts.items())
+
+
+def product() -> Iterator[tuple[str, str, ast.Module]]:
+    """The sources without the tests."""
+    return (source for source in sources() if not source[0].startswith("tests/"))
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -55,7 +62,7 @@ def names_environment(node: ast.Attribute) -> bool:
 
 def test_files_and_functions_are_small() -> None:
     too_large = []
-    for name, text, tree in python_files():
+    for name, text, tree in sources():
         if (lines := text.count("\n")) >= MAX_FILE_LINES:
             too_large.append(f"{name}: {lines} lines")
         for node in ast.walk(tree):
@@ -68,7 +75,7 @@ def test_files_and_functions_are_small() -> None:
 
 def test_product_code_is_finished_and_loads_nothing_unsafe() -> None:
     found = []
-    for name, text, tree in python_files("engine/", "cluster/", "neap.py"):
+    for name, text, tree in product():
         found += [f"{name}:{line} imports {what}" for line, what in imports(tree) if what.split(".")[0] in PICKLES]
         for number, line in enumerate(text.splitlines(), 1):
             if UNSAFE.search(line) or UNFINISHED.search(line):
@@ -78,23 +85,29 @@ def test_product_code_is_finished_and_loads_nothing_unsafe() -> None:
 
 def test_nothing_is_swallowed() -> None:
     found = []
-    for name, _, tree in python_files():
+    for name, _, tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler) and [type(s) for s in node.body] == [ast.Pass]:
                 found.append(f"{name}:{node.lineno} except ...: pass")
     assert not found, "\n".join(found)
 
 
-def test_source_is_ascii() -> None:
+def test_comments_are_ascii() -> None:
     found = []
-    for name, text, _ in python_files("engine/", "cluster/", "neap.py"):
-        found += [f"{name}:{n} {ln.strip()}" for n, ln in enumerate(text.splitlines(), 1) if not ln.isascii()]
+    for name, text, _ in sources():
+        if not text.isascii():
+            tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+            found += [
+                f"{name}:{t.start[0]} {t.string}"
+                for t in tokens
+                if t.type == tokenize.COMMENT and not t.string.isascii()
+            ]
     assert not found, "\n".join(found)
 
 
 def test_only_the_config_reads_the_environment() -> None:
     found = []
-    for name, _, tree in python_files("engine/", "cluster/", "neap.py"):
+    for name, _, tree in product():
         if name in ENVIRONMENT_READERS:
             continue
         found += [f"{name}:{n.lineno}" for n in ast.walk(tree) if isinstance(n, ast.Attribute) and names_environment(n)]
@@ -104,14 +117,14 @@ def test_only_the_config_reads_the_environment() -> None:
 
 def test_torch_distributed_stays_in_one_file() -> None:
     found = []
-    for name, _, tree in python_files("engine/", "cluster/", "neap.py"):
+    for name, _, tree in product():
         if name not in DISTRIBUTED_USERS:
             found += [f"{name}:{line}" for line, what in imports(tree) if what.startswith("torch.distributed")]
     assert not found, "\n".join(found)
 
 
 def test_folders_name_an_idea_and_proto_is_no_package() -> None:
-    names = {part for name, _, _ in python_files() for part in Path(name).with_suffix("").parts}
+    names = {part for name, _, _ in sources() for part in Path(name).with_suffix("").parts}
     assert not names & NO_IDEA
     assert not (ROOT / "proto" / "__init__.py").exists(), "it would hide the package proto that Ray brings"
 
