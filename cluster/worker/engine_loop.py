@@ -62,6 +62,7 @@ class EngineLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
         self._reason = ""
+        self._serving = False
         self._over = False
 
     @property
@@ -104,11 +105,12 @@ class EngineLoop:
         if self._process is None:
             self._end.close()
             return
-        if not self._over:
+        if self._serving and not self._over:  # while it loads it reads no commands, and has nothing to lose
             self.send(Shutdown())
             self._over = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(self._process.wait, SHUTDOWN_S)
+        self._over = True
         self._process.kill()
         self._process.wait()
         self._detach()
@@ -146,6 +148,7 @@ class EngineLoop:
         elif isinstance(event, RankProgress):
             self._handler.on_progress(event)
         elif isinstance(event, RankReady):
+            self._serving = True
             self._handler.on_ready(event)
         elif isinstance(event, RankFailed):
             self._reason = event.message
