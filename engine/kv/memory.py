@@ -66,7 +66,8 @@ class KVMemory:
 
     def block(self, block_id: int) -> ByteArray:
         """uint8 [block_bytes], a view of one whole block."""
-        return self.bytes6[block_id].reshape(-1)
+        view: ByteArray = self.bytes6[block_id].reshape(-1)
+        return view
 
     def partial(self, block_id: int, num_tokens: int) -> ByteArray:
         """uint8 [L, 2, H, num_tokens, D * itemsize], a strided view of a block's first tokens."""
