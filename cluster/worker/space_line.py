@@ -25,6 +25,7 @@ class SpaceLine:
         self._layout = layout
         self._timers = timers
         self._line: dict[str, DecodeRequest] = {}
+        self._least_free: int | None = None  # since the last NoSpace
 
     def enter(self, now: float, request: DecodeRequest) -> list[Effect]:
         """Join at the end."""
@@ -38,12 +39,20 @@ class SpaceLine:
     def refused(self, now: float, request: DecodeRequest) -> None:
         """The rank said NoSpace: ask again soon."""
         request.space = "queued"
+        self._least_free = None
         self._timers.set((request.request_id, "retry"), now + RESERVE_RETRY_S)
 
     def on_free_blocks(self, num_free: int) -> list[Effect]:
-        """Space may have come free: the head asks again without waiting for its retry."""
+        """If blocks have come free since the last NoSpace, the head asks again without waiting for its retry.
+
+        Only then: what was missing may have been a row of the batch, and asking at every step would keep the rank busy.
+        """
+        before = num_free if self._least_free is None else self._least_free
+        self._least_free = min(before, num_free)
         head = next(iter(self._line.values()), None)
-        if head is None or head.space != "queued" or num_free < self._layout.blocks_for(head.num_wanted + 1):
+        if head is None or head.space != "queued" or num_free <= before:
+            return []
+        if num_free < self._layout.blocks_for(head.num_wanted + 1):
             return []
         self._timers.clear((head.request_id, "retry"))
         return self.ask()
