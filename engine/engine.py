@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from engine.runner.warmup import measure_step_cost
 from engine.scheduler.request_state import ModelLimits
 from engine.scheduler.scheduler import Scheduler
 
+_log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,8 +82,8 @@ def build_engine(
     dtype_name = model_config.dtype if config.dtype == "auto" else config.dtype
     layout = _layout(config, model_config, device, dtype_name)
     max_model_len = _max_model_len(config, model_config, layout)
-    _configure_torch(config.threads)
-    options = options or LayerOptions.exact(device, _DTYPES[dtype_name], config.threads)
+    _configure_torch(config.threads, device)
+    options = options or LayerOptions(device=device, dtype=_DTYPES[dtype_name])
     model = build_model(model_config, options)
     load_weights(model, model_dir, _staged(progress, "load"))
     runner = _runner(config, model, layout, max_model_len, capture_logits)
@@ -150,8 +152,10 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, layout: KVLayout) -
     return config.max_model_len
 
 
-def _configure_torch(threads: int) -> None:
+def _configure_torch(threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)
+    if threads > 1 and device.type == "cpu":
+        _log.warning("threads=%d: the last bits of results may depend on the batch; threads=1 is exact", threads)
     # Sums in full precision: reduced ones depend on how the library splits them.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -20,7 +20,6 @@ class Packed:
     """A weight in the form its method reads. `data` [O, I] for library linears."""
 
     data: Tensor
-    out_features: int
 
 
 class LinearMethod(Protocol):
@@ -47,7 +46,7 @@ class LibraryLinear:
 
     def pack(self, weight_OI: Tensor) -> Packed:
         """Nothing to change: the library reads row-major weights."""
-        return Packed(data=weight_OI, out_features=weight_OI.shape[0])
+        return Packed(data=weight_OI)
 
     def apply(self, x_TI: Tensor, packed: Packed) -> Tensor:
         """[T, O]. Pads only if the caller's rows are not padded already."""
@@ -55,14 +54,7 @@ class LibraryLinear:
         missing = self._options.padded_rows(num_rows) - num_rows
         if missing:
             x_TI = F.pad(x_TI, (0, 0, 0, missing))
-        max_rows = self._options.max_rows
-        if max_rows and x_TI.shape[0] > max_rows:
-            y_TO = x_TI.new_empty(x_TI.shape[0], packed.out_features)
-            for start in range(0, x_TI.shape[0], max_rows):
-                rows = slice(start, start + max_rows)
-                y_TO[rows] = F.linear(x_TI[rows], packed.data)
-        else:
-            y_TO = F.linear(x_TI, packed.data)
+        y_TO = F.linear(x_TI, packed.data)
         return y_TO[:num_rows] if missing else y_TO
 
 

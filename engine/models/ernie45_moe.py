@@ -29,7 +29,7 @@ class Ernie45MoEMLP:
             shared_size = moe.num_shared_experts * moe.intermediate_size
             self.shared_experts = Ernie45MLP(config.hidden_size, shared_size, options)
         all_to_all = LocalAllToAll(moe.num_experts, options)
-        self._moe = MoE(self.router, self.experts, all_to_all, self.shared_experts, options.max_rows)
+        self._moe = MoE(self.router, self.experts, all_to_all, self.shared_experts)
 
     def forward(self, x_TD: Tensor, step: ForwardStep) -> Tensor:
         """[T, D]."""

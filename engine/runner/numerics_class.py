@@ -1,4 +1,7 @@
-"""The name of the arithmetic an engine does: two engines with the same name give bit-equal results."""
+"""The name of the arithmetic an engine does: two engines with the same name give bit-equal results.
+
+With several CPU threads they need the same batches too (see LayerOptions), and the name says so.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ def numerics_class(device: torch.device, dtype: torch.dtype, threads: int) -> st
         major, minor = torch.cuda.get_device_capability(device)
         where = f"cuda sm{major}{minor} cuda{torch.version.cuda}"
     else:
-        where = f"cpu {torch.backends.cpu.get_cpu_capability()} {_cpu_features()} threads={threads}"
+        variant = " batch-variant" if threads > 1 else ""
+        where = f"cpu {torch.backends.cpu.get_cpu_capability()} {_cpu_features()} threads={threads}{variant}"
     return f"{where} {str(dtype).removeprefix('torch.')} tp=1 torch={torch.__version__} kernels={KERNEL_VERSION}"
 
 

@@ -1,4 +1,4 @@
-"""One thread unless a test says otherwise, and the same random numbers every time."""
+"""One thread, and the same random numbers every time."""
 
 from collections.abc import Iterator
 
