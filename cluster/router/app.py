@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from cluster.errors import NeapError, RequestError, UnavailableError
 from cluster.router import generate
@@ -118,7 +118,7 @@ def _add_health(app: FastAPI, service: RouterService) -> None:
 def _add_operation(app: FastAPI, service: RouterService, dispatch_status: Callable[[], DispatchStatus]) -> None:
     document: dict[str, Any] = {}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text format."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
