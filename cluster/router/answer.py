@@ -35,7 +35,7 @@ class ChoiceText:
         self.num_tokens = 0
         self.finished = False
         self._min_tokens = params.min_tokens
-        self._stop_token_ids = frozenset(params.stop_token_ids)
+        self._stop_token_ids = frozenset(params.stop_token_ids) - frozenset(tokenizer.eos_token_ids)
         self._with_logprobs = params.logprobs is not None
         self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
         self._stop = tuple(params.stop)

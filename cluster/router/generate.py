@@ -61,7 +61,7 @@ async def _plan(
     limits, text = service.limits(), service.text
     if text is None:
         raise UnavailableError("model_not_ready", retry_after_s=2.0)
-    params = sampling_params(request, service.defaults, limits.vocab_size)
+    params = sampling_params(request, service.defaults, limits.vocab_size, text.eos_token_ids)
     check_cost(request, _sizes(request), limits.max_model_len, _param(request))
     prompts = await service.off_loop(partial(_encode, text, request))
     for prompt in prompts:

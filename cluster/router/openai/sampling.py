@@ -41,9 +41,15 @@ def load_defaults(model_path: Path) -> SamplingDefaults:
 
 
 def sampling_params(
-    request: ChatRequest | CompletionRequest, defaults: SamplingDefaults, vocab_size: int
+    request: ChatRequest | CompletionRequest,
+    defaults: SamplingDefaults,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...] = (),
 ) -> SamplingParams:
-    """Validated parameters; max_tokens as asked (None: what fits). Raises RequestError invalid_value."""
+    """Validated parameters; max_tokens as asked (None: what fits). Raises RequestError invalid_value.
+
+    `eos_token_ids` are the tokenizer's: an engine knows only config.json's, and ERNIE's turns end in another one.
+    """
 
     def given(name: str) -> float:
         value = getattr(request, name)
@@ -64,7 +70,7 @@ def sampling_params(
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=bias,
             stop=() if request.stop is None else request.stop if isinstance(request.stop, str) else tuple(request.stop),
-            stop_token_ids=tuple(request.stop_token_ids or ()),
+            stop_token_ids=(*(request.stop_token_ids or ()), *(() if request.ignore_eos else eos_token_ids)),
             min_tokens=request.min_tokens,
             max_tokens=asked[1] if asked else None,
             ignore_eos=request.ignore_eos,

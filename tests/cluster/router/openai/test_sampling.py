@@ -73,3 +73,11 @@ def test_seeds_are_the_clients_or_fresh_per_choice() -> None:
     drawn = draw_seeds(SamplingParams(n=3))
     assert len(set(drawn)) == 3
     assert chat(seed=-1).seed == (1 << 63) - 1
+
+
+def test_the_tokenizers_end_tokens_stop_too_unless_they_are_to_be_ignored() -> None:
+    body = {"model": "m", "prompt": "x", "stop_token_ids": [5]}
+    stopping = sampling_params(parse_completion(body), SamplingDefaults(), VOCAB, (2, 7))
+    assert stopping.stop_token_ids == (5, 2, 7)
+    ignoring = sampling_params(parse_completion({**body, "ignore_eos": True}), SamplingDefaults(), VOCAB, (2, 7))
+    assert ignoring.stop_token_ids == (5,)
