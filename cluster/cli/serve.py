@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import engine
 from cluster.cli.screen import Screen, make_screen
 from cluster.config import ClusterConfig
 from cluster.config.environment import cache_dir, child_environment, prepare_ray
@@ -83,12 +85,16 @@ def given_model(model: str) -> str:
 async def find_model(config: ClusterConfig) -> str:
     """The checkpoint folder; without one, a small random checkpoint is made in a process of its own (it needs torch).
 
-    Raises ValueError.
+    That one is kept, in a folder named by the code that made it, so the next start need not ask it. Raises ValueError.
     """
     if config.model:
         return given_model(config.model)
+    folder = cache_dir() / f"default-{_code_digest()}"
+    made = [path.parent for path in folder.glob("[!.]*/config.json")]  # a half-made one has a dot
+    if made:
+        return str(made[0])
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _MAKE_DEFAULT, str(cache_dir())),
+        *(sys.executable, "-c", _MAKE_DEFAULT, str(folder)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=child_environment(),
@@ -102,6 +108,14 @@ async def find_model(config: ClusterConfig) -> str:
     if process.returncode:
         raise ValueError(f"the small random model could not be made: {err.decode(errors='replace').strip()}")
     return out.decode().strip()
+
+
+def _code_digest() -> str:
+    """Of what decides the default checkpoint's bytes."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(engine.__path__[0]) / "tiny").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:

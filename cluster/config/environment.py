@@ -33,6 +33,7 @@ def prepare_ray() -> Path | None:
     for name, value in {
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # a busy machine takes longer than Ray's 60 s
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray starts a Python process per core in advance; here they would only compete with the workers' start
         "RAY_prestart_worker_first_driver": "0",
