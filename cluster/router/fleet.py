@@ -73,6 +73,7 @@ class Fleet:
         if old is not None and old.info.incarnation == info.incarnation:
             worker.hung, worker.step_count = old.hung, old.step_count
         self.workers[info.worker_id] = worker
+        self.decoders()  # the first one's identity is what this router serves
 
     def down(self, worker_id: str) -> Worker | None:
         """The link broke or is given up. Returns the worker if it was up."""
