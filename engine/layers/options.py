@@ -16,8 +16,8 @@ class LayerOptions:
 
     `row_multiple`: rows (and expert groups) of library linears and attention queries are padded to a multiple of it;
     `key_multiple`: the same for attention keys. 1 switches padding off, and exactness with it (negative controls).
-    It is enough with one CPU thread (tests/engine/exactness). With several, MKL and oneDNN also split sums by the number
-    of rows (measured: 2 threads, float32, from 64 rows of 1000 features on), and bits depend on the batch again.
+    It is enough with one CPU thread (tests/engine/exactness). With several, MKL and oneDNN split sums by the
+    number of rows (measured: 2 threads, float32, from 64 rows of 1000 features): bits depend on the batch again.
     """
 
     device: torch.device

@@ -133,6 +133,7 @@ def run(model: str, max_examples: int, num_steps: int, *, derandomize: bool = Fa
     )
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", MODELS)
 def test_logits_do_not_depend_on_what_else_happens(model: str) -> None:
     run(model, max_examples=10, num_steps=12, derandomize=True)
