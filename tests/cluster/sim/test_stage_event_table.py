@@ -63,7 +63,7 @@ def read_table() -> list[Row]:
 class Scenario:
     """A cluster with one request, "target", that is brought to a stage. Background requests make it wait there."""
 
-    def __init__(self, row: Row, deadline: float = 1000.0) -> None:
+    def __init__(self, row: Row, *, source_host: str, deadline: float = 1000.0) -> None:
         self.row = row
         crowded = row.stage == "queued"
         full = row.stage == "waiting for space"
@@ -74,7 +74,7 @@ class Scenario:
             ms_per_token=0.3,
             max_step_ms=50.0 if full else 20.0,
         )
-        self.sim = make_cluster(engine=engine, seed=5)
+        self.sim = make_cluster(engine=engine, seed=5, hosts={"prefill-1": source_host})
         self.background: list[str] = []
         self.num_before = 0  # journal entries before the event
         self._rng = Random(17)
@@ -176,13 +176,15 @@ EVENTS: dict[str, Callable[[SimCluster], None]] = {
 ROWS = read_table()
 
 
-def run_row(row: Row) -> tuple[Scenario, float]:
+def run_row(row: Row, source_host: str = "host-1") -> tuple[Scenario, float]:
     """Bring the target to the row's stage, let the event happen. Returns the scenario and the event's time."""
     event = row.event.removeprefix("late copy, ")
-    scenario = Scenario(row)
+    scenario = Scenario(row, source_host=source_host)
     at = scenario.reach()
     if event == "deadline":
-        scenario = Scenario(row, deadline=at + 1e-6)  # the same seed: the same stage at the same time
+        scenario = Scenario(
+            row, source_host=source_host, deadline=at + 1e-6
+        )  # the same seed: the same stage at the same time
         scenario.sim.router.submit(scenario.target)
         scenario.sim.run_until(at)
     assert event in ("link broken", "late copy") or row.stage == "done" or scenario.result.live
@@ -221,9 +223,11 @@ def check_messages(scenario: Scenario) -> None:
             assert not seen, f"{word} was sent"
 
 
+@pytest.mark.parametrize("source_host", ["host-1", "host-2"], ids=["local", "grpc"])
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.stage}-{row.event}".replace(" ", "_") for row in ROWS])
-def test_row(row: Row) -> None:
-    scenario, at = run_row(row)
+def test_row(row: Row, source_host: str) -> None:
+    """On the decode worker's host the source is read in place ("local"), from another its pieces carry the bytes."""
+    scenario, at = run_row(row, source_host)
     sim = scenario.sim
     ends_here = row.client != "text" and "stalls" not in row.event
     if not ends_here:
