@@ -23,6 +23,8 @@ from cluster.router.answer import Delta
 from cluster.router.call import Call
 from cluster.router.openai.answers import AnswerFormat, Json
 
+# tokens with logprobs in one body above which it is written off the event loop (20 alternatives each: some 10 ms)
+INLINE_LOGPROBS = 500
 PENDING = "pending"  # x-neap-path, while it is not known
 ABORT = "neap.abort"  # key in the ASGI scope: breaks the connection at once, unsent bytes included
 
@@ -79,7 +81,12 @@ class GenerationResponse(Response):
                 return
             for delta in deltas:
                 parts[delta.choice].append(delta)
-        body = orjson.dumps(self._format.body([_join(index, parts[index]) for index in parts], call.usage))
+
+        def encode() -> bytes:
+            return orjson.dumps(self._format.body([_join(index, parts[index]) for index in parts], call.usage))
+
+        num_logprobs = sum(len(delta.tokens) for deltas in parts.values() for delta in deltas)
+        body = encode() if num_logprobs <= INLINE_LOGPROBS else await asyncio.to_thread(encode)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
