@@ -54,11 +54,11 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
-def add(request_id: str = "a") -> Add:
+def add(max_tokens: int = 20) -> Add:
     return Add(
-        request_id=request_id,
+        request_id="a",
         prompt=np.array(PROMPT, dtype="<i4").tobytes(),
-        params=SamplingParams(max_tokens=20),
+        params=SamplingParams(max_tokens=max_tokens),
         seed=7,
     )
 
@@ -132,19 +132,33 @@ def test_a_rank_that_cannot_build_says_why() -> None:
 def test_a_stopped_rank_shows_a_step_that_grows_old() -> None:
     async def run() -> None:
         shell = Shell()
-        loop = EngineLoop(ENGINE, FakeSpec(fixed_ms=20), shell)
+        loop = EngineLoop(ENGINE, FakeSpec(fixed_ms=50), shell)
         loop.start()
         await until(lambda: shell.ready)
-        loop.send(add())
-        await until(lambda: shell.steps >= 3)
-        os.kill(loop.pid, signal.SIGSTOP)
-        await until(lambda: loop.step_age_ms() > 200)
+        loop.send(add(max_tokens=4000))
+        while not loop.step_age_ms():
+            os.kill(loop.pid, signal.SIGCONT)
+            await asyncio.sleep(0.02)
+            os.kill(loop.pid, signal.SIGSTOP)  # most likely within a step
+        await until(lambda: loop.step_age_ms() > 500)
         count = loop.step_count
         os.kill(loop.pid, signal.SIGCONT)
         await until(lambda: loop.step_count > count)
-        os.kill(loop.pid, signal.SIGINT)  # for the parent to decide
+        await loop.close()
+
+    asyncio.run(run())
+
+
+def test_signals_are_left_to_the_parent() -> None:
+    async def run() -> None:
+        shell = Shell()
+        loop = EngineLoop(ENGINE, FAKE, shell)
+        loop.start()
+        await until(lambda: shell.ready)
+        os.kill(loop.pid, signal.SIGINT)
         os.kill(loop.pid, signal.SIGTERM)
-        await until(lambda: shell.tokens[-1].finish_reason)
+        loop.send(add())
+        await until(lambda: shell.tokens and shell.tokens[-1].finish_reason)
         assert shell.deaths == []
         await loop.close()
 
