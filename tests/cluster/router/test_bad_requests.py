@@ -137,7 +137,7 @@ VALUES = st.recursive(
 
 
 @settings(
-    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+    max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
 )
 @given(changes=st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3), min_size=10, max_size=20))
 def test_whatever_the_fields_hold_the_answer_is_a_known_one(rig: Rigs, changes: list[dict[str, Any]]) -> None:
