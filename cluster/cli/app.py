@@ -112,7 +112,10 @@ def version() -> None:
 
 def main() -> None:
     """The `neap` command."""
-    app(prog_name="neap")
+    try:
+        app(prog_name="neap")
+    except KeyboardInterrupt:  # before a command has its own way with ctrl-C
+        sys.exit(130)
 
 
 def _client(url: str, api_key: str) -> RouterClient:

@@ -34,6 +34,7 @@ from cluster.spec import RouterSpec, WorkerSpec
 POLL_S = 0.3
 ROUTER = "router"
 ROUTER_DRAIN_S = 30.0
+ROUTER_HURRY_S = 5.0
 WORKER_DRAIN_S = 10.0
 log = logging.getLogger("neap.control")
 
@@ -157,6 +158,9 @@ class Controller:
             hurried = asyncio.create_task(hurry.wait())
             await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
             hurried.cancel()
+            if hurry.is_set():  # the second signal lets it end its streams with an error event, without waiting
+                self._router.terminate()
+                await asyncio.to_thread(self._router.wait, ROUTER_HURRY_S)
             self._router.kill()
             await drained
             self._router = None

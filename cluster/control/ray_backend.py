@@ -35,7 +35,7 @@ from cluster.spec import WorkerSpec
 ANSWER_S = 1.0  # how long an actor may take to answer before its last status is used
 NAME_FREE_S = 10.0
 RAY_END_S = 10.0
-LOCAL_TRIES = 2
+LOCAL_TRIES = 3
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it; Ray's smallest
 log = logging.getLogger("neap.control")
 T = TypeVar("T")
