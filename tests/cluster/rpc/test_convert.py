@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster import types
@@ -17,6 +17,9 @@ from engine.config import Role
 from engine.messages import Load
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
+
+# many processes may share this machine's two cores
+LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 text = st.text(st.characters(codec="utf-8"), max_size=12)
 u32 = st.integers(0, 2**32 - 1)
@@ -140,12 +143,14 @@ replies = (
 )
 
 
+@LOADED
 @given(router_messages)
 def test_router_messages_survive_the_wire(message: types.RouterMessage) -> None:
     wire = c.router_message_to_pb(message).SerializeToString()
     assert c.router_message_from_pb(worker_pb2.RouterMessage.FromString(wire)) == message
 
 
+@LOADED
 @given(tuples(entries), infos, loads, u63)
 def test_worker_messages_survive_the_wire(
     batch: tuple[types.Entry, ...], info: types.WorkerInfo, load: Load, count: int
@@ -159,12 +164,14 @@ def test_worker_messages_survive_the_wire(
     assert there_and_back(worker_pb2.WorkerMessage(welcome=c.info_to_pb(info))) == info
 
 
+@LOADED
 @given(replies)
 def test_fetch_replies_survive_the_wire(reply: types.FetchReply) -> None:
     wire = f.fetch_reply_to_pb(reply).SerializeToString()
     assert f.fetch_reply_from_pb(kv_source_pb2.FetchReply.FromString(wire)) == reply
 
 
+@LOADED
 @given(tokens, tuples(st.sampled_from(get_args(types.Transport))), st.integers(-1, 2**40))
 def test_fetch_client_messages_survive_the_wire(
     ids: bytes, transports: tuple[types.Transport, ...], max_compute_tokens: int

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.rpc.outbox import MAX_DISPATCH_BYTES, RouterOutbox, WorkerOutbox
 from cluster.types import AbortRequest, Choice, Dispatch, Entry, Failed, News, Release, Tokens
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
+
+# many processes may share this machine's two cores
+LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def dispatch(request_id: str, prompt: bytes = b"abcd") -> Dispatch:
@@ -116,6 +119,7 @@ def test_the_bound_counts_tokens_that_nobody_read() -> None:
     assert [*over, outbox.is_over] == [*[False] * 9, True, False]
 
 
+@LOADED
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 1), st.integers(1, 3)) | st.none(), max_size=40))
 def test_melting_never_loses_or_reorders_a_choices_tokens(steps: list[tuple[str, int, int] | None]) -> None:
     outbox = WorkerOutbox(10_000)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.transfer.connector import CallFence, Connector, ReceiverConnector, SourceUnreachableError, TransferError
@@ -18,6 +18,9 @@ from cluster.transfer.local_connector import IDLE_S, LocalConnector
 from cluster.types import FetchAccepted, LocalMemory, Piece, Transport
 from engine.kv.layout import KVLayout
 from engine.kv.memory import KVMemory
+
+# many processes may share this machine's two cores
+LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 LAYOUT = KVLayout(num_blocks=12, num_layers=3, num_kv_heads=2, block_size=16, head_dim=8, dtype="float16")
 FENCE = CallFence(call_id="call", source_incarnation="source")
@@ -102,6 +105,7 @@ def test_blocks_that_are_not_wanted_are_skipped(pair: Pair) -> None:
     assert not pair.target.bytes6[[block for block in range(LAYOUT.num_blocks) if block != 5]].any()
 
 
+@LOADED
 @given(data=st.data())
 @pytest.mark.parametrize("transport", ["local", "grpc"])
 def test_any_range_into_any_blocks(transport: Transport, data: st.DataObject) -> None:

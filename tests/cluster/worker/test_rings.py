@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.worker.rings import (
@@ -22,6 +22,9 @@ from cluster.worker.rings import (
     StatusPage,
     create_ring,
 )
+
+# many processes may share this machine's two cores
+LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class RingPair:
@@ -100,6 +103,7 @@ def test_an_event_loop_is_woken(small: RingPair) -> None:
     assert asyncio.run(run()) == [b"wake"]
 
 
+@LOADED
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=40)), max_size=60))
 def test_whatever_the_interleaving_nothing_is_lost_or_reordered(steps: list[bytes | None]) -> None:
     with RingPair(100) as pair:
