@@ -45,7 +45,8 @@ class KVSourceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Fetch(self, request_iterator, context):
-        """First client message: open. First reply: accepted, busy, moved or refused. Then news and pieces, then offered_all.
+        """First client message: open. The answer: accepted, busy, moved or refused, after news if a long step delays it.
+        Then news and pieces, then offered_all.
         The receiver closes its side when it has what it needs; a cancel or a broken connection means the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
