@@ -11,6 +11,7 @@ started them (PDEATHSIG), and none of its calls may hold up the controller's eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -162,7 +163,7 @@ class RayBackend:
                     **options,
                 )
             except Exception as error:  # Ray raises plain Exceptions too
-                ray.shutdown()
+                self._shut_down()
                 if not tries:
                     raise LaunchError(f"Ray did not start: {error}") from error
                 log.warning("Ray did not start (%s); trying again", error)
@@ -251,15 +252,25 @@ class RayBackend:
         for handle in handles:
             ray.kill(handle)
         self._placed.clear()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        """End Ray, and every process that it leaves behind: after a failed start it leaves all of them."""
+        was_up = ray.is_initialized()
         left = self._processes()
         ray.shutdown()
-        _, left = psutil.wait_procs(left, timeout=RAY_END_S)
+        _, left = psutil.wait_procs(left, timeout=RAY_END_S if was_up else 0)
         for process in left:
-            log.warning("Ray left %s (%d) behind; killed", process.name(), process.pid)
-            process.kill()
+            log.warning("process %d of Ray stayed behind; killed", process.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=RAY_END_S)
 
     def _processes(self) -> list[psutil.Process]:
         """Every process of the Ray that was started here: children that came with it, and all below them."""
-        ours = [child for child in psutil.Process().children() if child.pid not in self._children_before]
-        return [process for child in ours for process in (child, *child.children(recursive=True))]
+        found = []
+        for child in psutil.Process().children():
+            if child.pid not in self._children_before:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found += [child, *child.children(recursive=True)]
+        return found
