@@ -37,6 +37,8 @@ def serve(config: ClusterConfig) -> int:
     run_dir = Path(tempfile.mkdtemp(prefix="neap-"))
     try:
         check_port(config)
+        if config.model:
+            given_model(config.model)  # a wrong path is told before Ray starts
         code = asyncio.run(_serve(config, run_dir, screen))
     except (LaunchError, OSError, ValueError) as error:
         screen.tell(f"stopped: {error}")
