@@ -145,7 +145,7 @@ class RayBackend:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
         options = {"address": self._address} if self._address else local
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that signal handlers are the main thread's
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters comes as exceptions, and is told by us
         self._children_before = frozenset(child.pid for child in psutil.Process().children())
         context = self._init(options, tries=1 if self._address else LOCAL_TRIES)
         self._dashboard = context.dashboard_url or ""
@@ -158,7 +158,7 @@ class RayBackend:
                 return ray.init(
                     namespace=self._run_dir.name,
                     log_to_driver=False,
-                    logging_level=logging.ERROR,
+                    logging_level=logging.CRITICAL,
                     configure_logging=False,
                     **options,
                 )
