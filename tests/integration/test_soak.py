@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -60,3 +61,4 @@ def test_ten_minutes_of_full_load_raise_no_false_suspicion(tmp_path: Path) -> No
         seen = asyncio.run(load(server.url))
         time.sleep(2)  # the last heartbeats tell the last blocks
         check(server, seen)
+        assert server.end(signal.SIGINT) == 0
