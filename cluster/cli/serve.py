@@ -134,7 +134,7 @@ async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:
     backend = make_backend(config, run_dir)
     controller = Controller(config, backend, run_dir=run_dir, tell=screen.tell)
     serving = asyncio.create_task(_start_and_run(config, controller))
-    showing = asyncio.create_task(_show(controller, backend, screen))
+    showing = asyncio.create_task(_show(controller, backend, screen, run_dir))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((serving, stopping, showing), return_when=asyncio.FIRST_COMPLETED)
@@ -162,7 +162,7 @@ async def _start_and_run(config: ClusterConfig, controller: Controller) -> None:
     await controller.run()
 
 
-async def _show(controller: Controller, backend: Backend, screen: Screen) -> None:
+async def _show(controller: Controller, backend: Backend, screen: Screen, run_dir: Path) -> None:
     """Draw the start until the cluster is ready, then the ready box."""
     while not (snapshot := controller.snapshot()).ready:
         screen.draw(snapshot)
@@ -170,4 +170,4 @@ async def _show(controller: Controller, backend: Backend, screen: Screen) -> Non
     screen.close()
     client, spec = controller.router_client(), controller.router_spec
     assert client is not None and spec is not None, "a ready cluster has a router"
-    screen.ready(client, spec.served_model_name, backend.notes)
+    screen.ready(client, spec.served_model_name, (*backend.notes, ("logs", str(run_dir))))

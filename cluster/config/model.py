@@ -1,4 +1,4 @@
-"""Every option of a cluster, as one pydantic model. Flags, `neap config` and the docs are generated from it.
+"""Every option of a cluster, as one pydantic model. The command line's flags are generated from it.
 
 Options of an engine, a router and the fake are defined where they are used (engine/config.py, cluster/spec.py) and
 derived here by name, type and default; this file adds what only the cluster file knows, and a line of help for each.
