@@ -20,6 +20,7 @@ PIP_NEWS := awk '/^ *(ERROR|error)/ {bad=1} bad {print; next} /^Collecting/ {pri
 
 SERVE_ARGS ?=
 TEST_ARGS ?=
+TEST_LIMIT_S ?= 720
 BENCH_ARGS ?=
 PROTO_OUT ?= .
 PROTOS := $(patsubst proto/%,cluster/rpc/pb/%,$(wildcard proto/*.proto))
@@ -42,7 +43,7 @@ serve: $(STAMP)
 	@exec $(BIN)/neap serve $(SERVE_ARGS)
 
 test: $(STAMP)
-	timeout --signal=INT --kill-after=30 720 $(BIN)/python -m pytest -m "not long" $(TEST_ARGS)
+	timeout --signal=INT --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest -m "not long" $(TEST_ARGS)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest $(TEST_ARGS)
