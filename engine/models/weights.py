@@ -1,6 +1,10 @@
-"""Loads `-PT` checkpoints: safetensors in one file or in shards, memory-mapped, one tensor at a time.
+"""Loads checkpoints: safetensors in one file or in shards, `-PT` or `-Paddle` layout, several readers at once.
 
-Each tensor is cast and copied straight into its place in the packed weights, so the peak is the model and one tensor.
+1. headers -> what is read to where     wrong names and shapes end here, before anything is read
+2. reads, MAX_READERS at a time         straight into the weights where dtype and layout are theirs; else by chunks
+3. pack                                 each weight takes the form that its method reads
+
+So the peak is the model and MAX_READERS * CHUNK_BYTES, less than one layer of any published model.
 """
 
 from __future__ import annotations
@@ -8,16 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.models.checkpoint_layout import placement
 from engine.models.ernie45 import Ernie45ForCausalLM
+from engine.models.safetensors_files import Staging, StoredTensor, TensorReader, read_header
 
 Progress = Callable[[int, int], None]
 
+MAX_READERS = 4
+CHUNK_BYTES = 4 << 20
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SAMPLE_BYTES = 4096
@@ -45,35 +55,90 @@ def shard_paths(model_dir: Path) -> list[Path]:
     return paths
 
 
-def load_weights(model: Ernie45ForCausalLM, model_dir: Path, progress: Progress | None = None) -> None:
+def load_weights(
+    model: Ernie45ForCausalLM,
+    model_dir: Path,
+    progress: Progress | None = None,
+    *,
+    staging: Staging | None = None,
+    num_readers: int = MAX_READERS,
+) -> None:
     """Fill every weight of `model` and pack it.
 
-    `progress(done, total)` in bytes, about 100 times. Multi-token-prediction weights are ignored, and so is an
-    lm_head.weight where the config ties it. Raises ValueError naming tensors that are missing, unexpected or misshapen.
+    `progress(done, total)` in bytes, about 100 times, from this thread. Multi-token-prediction weights are ignored, and
+    so is an lm_head.weight where the config ties it. `staging` counts what is held beside the model (tests). Raises
+    ValueError naming tensors that are missing, unexpected or misshapen, before anything is read.
     """
-    targets = dict(model.targets())
     paths = shard_paths(model_dir)
-    done, told, total = 0, 0, sum(path.stat().st_size for path in paths)
+    reads = _planned(model, model_dir, paths)
+    with closing(TensorReader(staging or Staging(CHUNK_BYTES))) as reader:
+        for path in paths:
+            reader.open(path)
+        _read_all(reader, reads, num_readers, progress)
+    reads.clear()  # their views would keep the unpacked weights alive while the model packs
+    model.pack()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    stored: StoredTensor
+    targets: list[Tensor]
+    transposed: bool
+
+
+def _planned(model: Ernie45ForCausalLM, model_dir: Path, paths: list[Path]) -> list[_Read]:
+    """What is read to where: every target once, in the order of the files."""
+    targets = dict(model.targets())
+    seen: dict[str, Path] = {}
     unexpected: list[str] = []
-    for name, tensor in _tensors(paths):
-        target = targets.pop(name, None)
-        if target is not None:
-            if tensor.shape != target.shape:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(target.shape)}")
-            target.copy_(tensor)
-        elif not _ignored(name, model.config.tie_word_embeddings):
-            unexpected.append(name)
-        done += tensor.nbytes
-        if progress is not None and (done - told) * 100 >= total:
-            told = done
-            progress(done, total)
+    reads: list[_Read] = []
+    for stored in (tensor for path in paths for tensor in read_header(path)):
+        if stored.name in seen:
+            raise ValueError(f"{stored.path}: {stored.name} is in an earlier shard too ({seen[stored.name].name})")
+        seen[stored.name] = stored.path
+        place = placement(stored.name)
+        if _ignored(place.names[0], model.config.tie_word_embeddings):
+            continue
+        if not all(name in targets for name in place.names):
+            unexpected.append(stored.name)
+            continue
+        reads.append(_planned_read(stored, [targets.pop(name) for name in place.names], place.transposed))
     if unexpected:
         raise ValueError(f"{model_dir}: unexpected weights: {_some(unexpected)}")
     if targets:
         raise ValueError(f"{model_dir}: missing weights: {_some(list(targets))}")
-    model.pack()
-    if progress is not None:
-        progress(total, total)
+    return reads
+
+
+def _planned_read(stored: StoredTensor, targets: list[Tensor], transposed: bool | None) -> _Read:
+    rows = sum(target.shape[0] for target in targets)
+    expected = (rows, *targets[0].shape[1:])
+    if transposed is None:
+        transposed = stored.shape != expected
+    if stored.shape != (expected[::-1] if transposed else expected):
+        wanted = list(expected[::-1] if transposed else expected)
+        raise ValueError(f"{stored.name} has shape {list(stored.shape)}, expected {wanted}")
+    return _Read(stored=stored, targets=targets, transposed=transposed)
+
+
+def _read_all(reader: TensorReader, reads: list[_Read], num_readers: int, progress: Progress | None) -> None:
+    """Several tensors at a time, whatever shard they are in; the first error ends the others."""
+    done, told, total = 0, 0, sum(read.stored.num_bytes for read in reads)
+    with ThreadPoolExecutor(num_readers, thread_name_prefix="weights") as pool:
+        running = {
+            pool.submit(reader.read, read.stored, read.targets, transposed=read.transposed): read.stored.num_bytes
+            for read in reads
+        }
+        try:
+            for finished in as_completed(running):
+                finished.result()
+                done += running.pop(finished)
+                if progress is not None and ((done - told) * 100 >= total or not running):
+                    told = done
+                    progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def weights_digest(model_dir: Path) -> str:
@@ -96,20 +161,6 @@ def weights_digest(model_dir: Path) -> str:
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:32]
-
-
-def _tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    seen: set[str] = set()
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as shard:
-                for name in shard.keys():  # noqa: SIM118 - the handle is no mapping
-                    if name in seen:
-                        raise ValueError(f"{path}: {name} is in an earlier shard too")
-                    seen.add(name)
-                    yield name, shard.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def _ignored(name: str, tied: bool) -> bool:
