@@ -1,9 +1,11 @@
 """One engine's loop body, without a thread or a clock: commands in, steps through the runner, one StepEvents out.
 
     1. submitted commands take effect: aborts first, then in order
-    2. schedule the next step and launch it
-    3. land a step: this one (steps_in_flight 0) or the one before it (1)
-    4. everything that this caused leaves in ONE StepEvents
+    2. schedule the next step
+    3. what the commands are answered with, and the calls that start now, leave at once (`announce`): a peer that
+       probes and reserves would wait a whole step for each answer
+    4. launch the step, and land one: this one (steps_in_flight 0) or the one before it (1)
+    5. everything else that this caused leaves in ONE StepEvents
 
 Whatever goes wrong while one command is handled ends that command's request only.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from engine.messages import (
     Abort,
@@ -57,6 +59,7 @@ class EngineCore:
         self._handles: deque[StepHandle] = deque()
         self._stalled = False  # nothing could be scheduled: only a command or a landing changes that
         self._num_steps = 0
+        self._num_started = 0
         self._replies: list[_Reply] = []
         self._tokens: list[NewTokens] = []
 
@@ -79,13 +82,27 @@ class EngineCore:
         """The load as of the last step boundary."""
         return self.scheduler.load()
 
-    def step(self) -> StepEvents | None:
-        """Run one round of the life cycle above; None if there was nothing to do."""
+    def step(self, announce: Callable[[StepEvents], None] | None = None) -> StepEvents | None:
+        """Run one round of the life cycle above; None if there was nothing to do. Without `announce` 3 is part of 5."""
         num_commands = self._handle_commands()
-        launched = self._launch()
-        landed = self._land(launched)
-        if not num_commands and not launched and landed is None:
+        batch = self.scheduler.schedule()
+        self._stalled = batch is None
+        if announce is not None and batch is not None and self._has_answers():
+            announce(self._events(None))
+        if batch is not None:
+            self.last_step_cost_s = self.step_cost.predict_batch(batch) / 1000
+            self._handles.append(self.runner.launch(batch))
+        landed = self._land(launched=batch is not None)
+        if not num_commands and batch is None and landed is None:
             return None
+        return self._events(landed)
+
+    def _has_answers(self) -> bool:
+        """Whether somebody waits for what is known before the step runs."""
+        num_started, self._num_started = self._num_started, self.scheduler.num_served_started
+        return bool(self._replies or self._tokens) or num_started != self._num_started
+
+    def _events(self, landed: Landed | None) -> StepEvents:
         replies = tuple(self._replies) + tuple(self.scheduler.take_news()) + tuple(landed.replies if landed else ())
         tokens = tuple(self._tokens) + tuple(landed.tokens if landed else ())
         self._replies, self._tokens = [], []
@@ -96,15 +113,6 @@ class EngineCore:
             tokens=tokens,
             load=self.load(),
         )
-
-    def _launch(self) -> bool:
-        batch = self.scheduler.schedule()
-        self._stalled = batch is None
-        if batch is None:
-            return False
-        self.last_step_cost_s = self.step_cost.predict_batch(batch) / 1000
-        self._handles.append(self.runner.launch(batch))
-        return True
 
     def _land(self, launched: bool) -> Landed | None:
         """Keep a just launched step in flight if that is allowed; land the oldest otherwise."""

@@ -311,9 +311,17 @@ class SimWorker:
         if self.hung:
             return
         self.core.last_step_cost_s = 0.0
-        events = self.core.step()
+        events = self.core.step(self._announce)
         done_at = self._world.clock.now + self.core.last_step_cost_s + RING_S
         self.process.at(done_at, lambda: self._landed(events))
+
+    def _announce(self, events: StepEvents) -> None:
+        self.process.at(self._world.clock.now + RING_S, lambda: self._hear(events))
+
+    def _hear(self, events: StepEvents) -> None:
+        now = self._world.clock.now
+        self._do(self.prefill.on_events(now, events))
+        self._do(self.decode.on_events(now, events))
 
     def _landed(self, events: StepEvents | None) -> None:
         if self.hung:
@@ -321,8 +329,6 @@ class SimWorker:
         self._step_started_at = None
         self.num_steps += 1
         if events is not None:
-            now = self._world.clock.now
-            self._do(self.prefill.on_events(now, events))
-            self._do(self.decode.on_events(now, events))
+            self._hear(events)
         if self.core.has_work:
             self._step()

@@ -135,7 +135,7 @@ class Puller:
             num_cached=min(reply.num_cached_tokens, request.num_wanted) // size * size,
             layout=self._layout,
         )
-        request.stage = "transferring"
+        request.stage = "prefilling"  # "waiting", until now, if there was no space at first
         call = request.call
         if call is not None and request.reservation.num_cached < call.start:
             # the match shrank since the probe: this call starts too late, its source answers a new one from its cache
@@ -286,6 +286,7 @@ class Puller:
             self._num_copies += 1
             started = reservation.start(self._num_copies, call.buffered.popleft())
             if started:
+                request.stage = "transferring"
                 self._copies[self._num_copies] = (reservation, request)
             effects += started
         effects += self._commit(request)

@@ -2,7 +2,7 @@
 
     1. die with the parent (PDEATHSIG, and a pipe that a thread watches for EOF); leave signals to the parent
     2. build the engine: RankProgress* then RankReady
-    3. until Shutdown: commands -> EngineCore.step() -> one StepEvents; asleep while there is nothing to do
+    3. until Shutdown: commands -> EngineCore.step() -> one or two StepEvents; asleep while there is nothing to do
     4. any exception: RankFailed, exit code 1
 Nothing here waits for the network: an event that does not fit for EVENT_TIMEOUT_S ends the rank.
 """
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from time import sleep
 
 import msgspec
@@ -156,7 +157,7 @@ def _run(core: EngineCore, end: RankEnd) -> None:
             end.wait(IDLE_POLL_S)
             continue
         end.status.begin_step()
-        events = core.step()
+        events = core.step(partial(end.send, timeout_s=EVENT_TIMEOUT_S))
         end.status.end_step()
         if events is None:
             end.wait(STALLED_POLL_S)

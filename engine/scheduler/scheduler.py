@@ -77,6 +77,11 @@ class Scheduler:
         """Whether anything could want a step: pulls and fully offered calls do not."""
         return bool(self._book.waiting or self._book.running or self._served.wants_compute)
 
+    @property
+    def num_served_started(self) -> int:
+        """Served calls that were ever started."""
+        return self._served.num_started
+
     # -- commands, between steps ------------------------------------------------------------------------------------
 
     def add(self, command: Add) -> list[NewTokens]:

@@ -24,6 +24,7 @@ class ServedCalls:
         self._seats = book.seats
         self._blocks = book.seats.blocks
         self._calls: dict[str, ServedCall] = {}
+        self.num_started = 0  # ever
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -125,6 +126,7 @@ class ServedCalls:
 
     def _start(self, call: ServedCall) -> list[ServeNews]:
         call.started = True
+        self.num_started += 1
         return self.offer(call, None)
 
     def offer(self, call: ServedCall, runner: Runner | None) -> list[ServeNews]:
