@@ -15,15 +15,18 @@ from engine.config import Role
 from engine.messages import Load
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
+from engine.scheduler.profile import Profile
 
 WorkerState = Literal["starting", "ready", "draining", "switching", "verifying", "failed"]
 Transport = Literal["local", "grpc"]
 Path = Literal["prefill-decode", "decode-only", "prefill-decode+local"]
 Stage = Literal["queued", "prefilling", "transferring", "waiting"]
+SourceFailure = Literal["broken", "silent", "refused", "spoiled", "protocol"]
 
 HEARTBEAT_S = 0.5  # workers send one this often, on every link
 NEWS_S = 0.5  # a source sends news at least this often
 SILENCE_S = 2.0  # no news for this long: the peer is suspected
+CACHE_KEY_BYTES = 8  # of a block's chained hash, on the link
 OBSERVER_LAG_S = 1.0  # an observer that itself slept longer than this resets its timers first
 
 
@@ -49,6 +52,7 @@ class WorkerInfo:
     pool: str = ""
     node: str = ""
     pid: int = 0
+    profile: Profile = field(default_factory=Profile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,42 @@ class Failed:
     message: str = ""
 
 
-Entry = Tokens | News | Failed
+@dataclass(frozen=True, kw_only=True)
+class SourceFailed:
+    """A source failed this attempt's decode worker, which goes on without it."""
+
+    request_id: str
+    attempt: int
+    source_id: str
+    source_incarnation: str
+    reason: SourceFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheNews:
+    """Blocks that came into, and left, a worker's prefix cache: CACHE_KEY_BYTES of each chained hash, concatenated.
+
+    With `reset`, `stored` is all that it holds. It belongs to no request.
+    """
+
+    reset: bool = False
+    stored: bytes = b""
+    evicted: bytes = b""
+    request_id: str = ""
+    attempt: int = 0
+
+
+Entry = Tokens | News | Failed | SourceFailed | CacheNews
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerRate:
+    """How fast a worker's KV reaches a peer: latency_ms + bytes / (gb_per_s * 1e6) milliseconds."""
+
+    peer_id: str
+    transport: Transport
+    gb_per_s: float
+    latency_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +197,7 @@ class Heartbeat:
     load: Load = field(default_factory=Load)
     step_count: int = 0
     step_age_ms: int = 0
+    peers: tuple[PeerRate, ...] = ()
 
 
 # ---- KVSource.Fetch

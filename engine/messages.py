@@ -204,6 +204,9 @@ class Load(_Message, frozen=True):
     num_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    context_tokens: int = 0
+    prefill_scale: float = 1.0
+    decode_scale: float = 1.0
 
 
 class StepEvents(_Message, frozen=True):

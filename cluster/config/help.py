@@ -17,7 +17,7 @@ HELP = {
     "router.host": "Address the HTTP server listens on; beyond loopback it wants --api-key.",
     "router.port": "Port of the HTTP server.",
     "router.api_key": "Key that clients must send (also NEAP_API_KEY).",
-    "router.policy": "How workers are chosen: least-loaded or round-robin.",
+    "router.policy": "How workers are chosen: predicted, prefix-aware, least-loaded, power-of-two or round-robin.",
     "router.max_queue": "Requests that may wait; more get 429.",
     "router.max_body_bytes": "Largest request body.",
     "router.max_running": "Requests in flight at once.",

@@ -59,7 +59,7 @@ def _field_type(name: str, hint: Any) -> Any:
     if name in _AT_LEAST_ONE:
         return Annotated[int, Field(ge=1)]
     if name == "policy":
-        return Literal["least-loaded", "round-robin"]
+        return Literal["predicted", "prefix-aware", "least-loaded", "power-of-two", "round-robin"]
     if name == "steps_in_flight":
         return Annotated[hint, BeforeValidator(_number)]
     return hint

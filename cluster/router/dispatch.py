@@ -3,7 +3,7 @@
 Life cycle of a request at the router:
 1. `on_submit`: it joins the queue (bounded) and is placed as soon as a decode worker has room, in order of arrival;
    those that were placed before go first.
-2. The policy names the decode worker and a ranked list of sources. Each placement is a new attempt.
+2. choosing.py names the decode worker and a ranked list of sources. Each placement is a new attempt.
 3. "refused" and "busy" from the worker, or its loss before any token: placed again, elsewhere if possible, after a
    jittered backoff. Accepted tokens are kept per choice, so that a request can be taken up at its position.
 4. Tokens are accepted only from the current attempt at exactly the next position: a duplicate is dropped, a gap ends
@@ -17,27 +17,29 @@ has. `next_timer` is an absolute monotonic second.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
 from cluster.errors import BUSY, ERRORS, REFUSED
+from cluster.router.accuracy import Errors
+from cluster.router.choosing import Chooser
+from cluster.router.decision import Decision
 from cluster.router.effects import Deliver, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
 from cluster.router.fleet import Fleet, Worker
-from cluster.router.policies import Policy, RequestView
+from cluster.router.policies import Policy
 from cluster.router.tracked import HistoryItem, Tracked, track
 from cluster.timers import Timers
 from cluster.types import (
     SILENCE_S,
     AbortRequest,
-    Dispatch,
+    CacheNews,
     Entry,
     Failed,
     Heartbeat,
     News,
-    SourceRef,
+    SourceFailed,
     Tokens,
     WorkerInfo,
 )
@@ -45,7 +47,6 @@ from cluster.worker.decode import decode_capacity
 from engine.messages import Load
 
 NO_WORKER_S = 10.0
-MAX_SOURCES = 3
 MAX_LOSSES = 3
 RETRY_S = 0.02  # doubled with each retry
 MAX_RETRY_S = 1.0
@@ -76,6 +77,7 @@ class DispatchStatus:
     num_waiting: int
     num_running: int
     counters: dict[str, int]
+    errors: Errors
 
 
 class Dispatcher:
@@ -84,14 +86,13 @@ class Dispatcher:
     def __init__(self, policy: Policy, rng: Random, *, max_waiting: int = 1024) -> None:
         self.counters: Counter[str] = Counter()
         self.fleet = Fleet()
-        self._policy = policy
+        self.chooser = Chooser(policy, self.fleet, rng, self.counters)
         self._rng = rng
         self._max_waiting = max_waiting
         self._requests: dict[str, Tracked] = {}
         self._waiting_again: dict[str, Tracked] = {}
         self._waiting: dict[str, Tracked] = {}
         self._timers: Timers[tuple[str, _TimerKind]] = Timers()
-        self._num_placed = 0
         self._explained: OrderedDict[str, tuple[HistoryItem, ...]] = OrderedDict()
 
     # ---- from HTTP
@@ -122,7 +123,7 @@ class Dispatcher:
         self.counters["cancelled"] += 1
         request.note(now, "cancelled")
         effects = self._abort(request)
-        self._forget(request)
+        self._forget(now, request)
         return effects + self._place_waiting(now)
 
     # ---- from the links
@@ -131,6 +132,8 @@ class Dispatcher:
         """The link said Welcome."""
         self._timers.note(now)
         effects = self._lose(now, info.worker_id)
+        if (before := self.fleet.workers.get(info.worker_id)) and before.info.incarnation != info.incarnation:
+            self.chooser.worker_replaced(before.info.incarnation)
         self.fleet.up(info)
         self._timers.watch((info.worker_id, "silence"), now, SILENCE_S)
         return effects + self._place_waiting(now)
@@ -147,7 +150,7 @@ class Dispatcher:
         if worker is None or not worker.up or worker.info.incarnation != heartbeat.info.incarnation:
             return []
         self._timers.watch((heartbeat.info.worker_id, "silence"), now, SILENCE_S)
-        if worker.hear(heartbeat):
+        if worker.hear(now, heartbeat):
             self.counters["hung_workers"] += 1
             return self._drop_link(now, worker, f"its engine has stood at step {heartbeat.step_count}")
         return self._place_waiting(now)
@@ -160,6 +163,9 @@ class Dispatcher:
             self._timers.watch((worker_id, "silence"), now, SILENCE_S)
         effects: list[RouterEffect] = []
         for entry in entries:
+            if isinstance(entry, CacheNews | SourceFailed):
+                self._on_side_news(now, worker_id, entry)
+                continue
             request = self._requests.get(entry.request_id)
             if request is None or request.worker_id != worker_id or request.attempt != entry.attempt:
                 self.counters["stale_entries"] += 1
@@ -170,6 +176,16 @@ class Dispatcher:
             else:
                 effects += self._on_failed(now, request, entry)
         return effects + self._place_waiting(now)
+
+    def _on_side_news(self, now: float, worker_id: str, entry: CacheNews | SourceFailed) -> None:
+        """What a worker says beside the answers."""
+        if isinstance(entry, CacheNews):
+            self.chooser.on_cache_news(worker_id, entry)
+            return
+        self.chooser.on_source_failed(now, worker_id, entry)
+        request = self._requests.get(entry.request_id)
+        if request is not None and request.attempt == entry.attempt:
+            request.note(now, f"source {entry.reason}", entry.source_id)
 
     def on_timer(self, now: float) -> list[RouterEffect]:
         """To be called when next_timer() has come; earlier does no harm."""
@@ -203,15 +219,14 @@ class Dispatcher:
         """A snapshot."""
         workers = []
         for _, worker in sorted(self.fleet.workers.items()):
-            view = worker.view()
             workers.append(
                 WorkerStatus(
                     info=worker.info,
                     load=worker.load,
                     up=worker.up,
                     hung=worker.hung,
-                    num_sequences=view.num_sequences,
-                    queued_tokens=view.queued_tokens,
+                    num_sequences=worker.num_assigned,
+                    queued_tokens=worker.backlog.num_tokens,
                     step_count=worker.step_count,
                     step_age_ms=worker.step_age_ms,
                 )
@@ -222,12 +237,17 @@ class Dispatcher:
             num_waiting=num_waiting,
             num_running=len(self._requests) - num_waiting,
             counters=dict(self.counters),
+            errors=self.chooser.accuracy.errors(),
         )
 
     def history(self, request_id: str) -> tuple[HistoryItem, ...]:
         """What happened to a live or recent request; empty when it is forgotten."""
         request = self._requests.get(request_id)
         return tuple(request.history) if request is not None else self._explained.get(request_id, ())
+
+    def decisions(self, request_id: str | None = None) -> tuple[Decision, ...]:
+        """Recent placements, newest first, with their reasons; of one request if asked."""
+        return self.chooser.decisions(request_id)
 
     # ---- placing
 
@@ -246,40 +266,17 @@ class Dispatcher:
 
     def _place(self, now: float, request: Tracked, decoders: list[Worker]) -> list[RouterEffect]:
         fresh = [worker for worker in decoders if worker.info.worker_id not in request.avoid]
-        views = [worker.view() for worker in fresh or decoders]
-        sources = self.fleet.sources(views[0].info)
-        if not sources:
-            self.counters["no_prefill_worker"] += 1
-        submit = request.submit
-        view = RequestView(num_tokens=request.num_tokens, num_choices=len(request.choices), turn=self._num_placed)
-        placement = self._policy.place(view, views, [source.view() for source in sources], self._rng)
-        decoder = self.fleet.workers[placement.decode].info
-        self._num_placed += 1
-        refs = [self.fleet.workers[source].info for source in placement.sources[:MAX_SOURCES]]
+        decision = self.chooser.choose(now, request, fresh or decoders)
+        decoder = self.fleet.workers[decision.placement.decode].info
+        refs = [self.fleet.workers[source].info for source in decision.sources]
         request.attempt += 1
         request.answered = False
         request.worker_id = decoder.worker_id
-        request.source_id = refs[0].worker_id if refs else None
         request.note(now, "dispatched", decoder.worker_id)
-        choices = request.unfinished()
-        self.fleet.assign(request.request_id, decoder.worker_id, len(choices), request.source_id, request.num_tokens)
         for kind in ("retry", "no_worker"):
             self._timers.clear((request.request_id, kind))
         self.counters["dispatched"] += 1
-        dispatch = Dispatch(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            incarnation=decoder.incarnation,
-            epoch=decoder.epoch,
-            prompt=submit.prompt,
-            choices=choices,
-            params=submit.params,
-            remaining_ms=max(1, math.ceil((submit.deadline - now) * 1000)),  # ours passes first
-            sources=tuple(
-                SourceRef(worker_id=ref.worker_id, incarnation=ref.incarnation, address=ref.address) for ref in refs
-            ),
-            cache_salt=submit.cache_salt,
-        )
+        dispatch = request.dispatch(now, decoder, refs)
         return [ToWorker(worker_id=decoder.worker_id, message=dispatch)]
 
     def _place_again(self, now: float, request: Tracked, delay_s: float, reason: str) -> None:
@@ -289,7 +286,7 @@ class Dispatcher:
         request.avoid.add(request.worker_id)
         if len(request.avoid) >= len(self.fleet.decoders()):
             request.avoid = {request.worker_id}
-        self._unassign(request)
+        self._unassign(now, request)
         request.retry_at = now + delay_s * (0.5 + self._rng.random())
         self._waiting_again[request.request_id] = request
         self._timers.set((request.request_id, "retry"), request.retry_at)
@@ -307,12 +304,16 @@ class Dispatcher:
             message = f"choice {tokens.choice}: position {tokens.position} does not follow"
             return [*self._abort(request), *self._end(now, request, "internal_error", message)]
         if not request.answered:
-            self.fleet.prefilled(request.request_id, request.source_id)
+            self.fleet.prefilled(now, request.request_id, request.prefiller_id)
+            self.chooser.first_token(now, request, tokens)
             request.num_retries = 0
             request.note(now, f"first token, {tokens.path or 'continued'}", request.worker_id or "")
         request.accept(tokens)
         effects: list[RouterEffect] = [Deliver(tokens=tokens, path=tokens.path)]
-        return effects + self._end(now, request, None) if request.finished else effects
+        if not request.finished:
+            return effects
+        self.chooser.ended(now, request)
+        return effects + self._end(now, request, None)
 
     def _on_failed(self, now: float, request: Tracked, failed: Failed) -> list[RouterEffect]:
         if failed.code in (BUSY, REFUSED) and not request.answered:
@@ -333,6 +334,7 @@ class Dispatcher:
         if self.fleet.down(worker_id) is None:
             return []
         self.counters["lost_workers"] += 1
+        self.chooser.worker_lost(worker_id)
         self._timers.clear((worker_id, "silence"))
         effects: list[RouterEffect] = []
         for request in [r for r in self._requests.values() if r.worker_id == worker_id]:
@@ -354,16 +356,16 @@ class Dispatcher:
     def _end(self, now: float, request: Tracked, code: str | None, message: str = "") -> list[RouterEffect]:
         self.counters["finished" if code is None else f"failed_{code}"] += 1
         request.note(now, code or "finished", request.worker_id or "")
-        self._forget(request)
+        self._forget(now, request)
         return [Ended(request_id=request.request_id, code=code, message=message)]
 
-    def _unassign(self, request: Tracked) -> None:
+    def _unassign(self, now: float, request: Tracked) -> None:
         if request.worker_id is not None:
-            self.fleet.unassign(request.request_id, request.worker_id, request.source_id)
-            request.worker_id = request.source_id = None
+            self.fleet.unassign(now, request.request_id, request.worker_id, request.prefiller_id)
+            request.worker_id = request.prefiller_id = None
 
-    def _forget(self, request: Tracked) -> None:
-        self._unassign(request)
+    def _forget(self, now: float, request: Tracked) -> None:
+        self._unassign(now, request)
         request_id = request.request_id
         del self._requests[request_id]
         self._waiting.pop(request_id, None)
@@ -376,4 +378,4 @@ class Dispatcher:
 
 
 def _has_room(worker: Worker) -> bool:
-    return worker.view().num_sequences < decode_capacity(worker.info)
+    return worker.num_assigned < decode_capacity(worker.info)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.router.policies import WorkerView
-from cluster.types import Heartbeat, WorkerInfo
+from cluster.router.backlog import Backlog, Work
+from cluster.router.predict import ms_per_prefill_token
+from cluster.router.views import WorkerView
+from cluster.types import Heartbeat, PeerRate, WorkerInfo
 from engine.messages import Load
 
 HUNG_STEP_S = 10.0
@@ -28,30 +30,63 @@ class Worker:
     step_age_ms: int = 0
     num_hung_heartbeats: int = 0
     sequences: dict[str, int] = field(default_factory=dict)  # request id -> choices that it decodes for us
-    prefilling: dict[str, int] = field(default_factory=dict)  # request id -> prompt tokens that it computes for us
+    contexts: dict[str, int] = field(default_factory=dict)  # request id -> keys that its rows see
+    backlog: Backlog = field(default_factory=Backlog)
+    rates: dict[str, PeerRate] = field(default_factory=dict)  # as source, by receiver
+    num_sequences: int = 0
+    context_tokens: int = 0
     others_sequences: int = 0
-    others_tokens: int = 0
+    others_context: int = 0
 
     @property
     def usable(self) -> bool:
         """Whether it may get something to do."""
         return self.up and not self.hung and self.info.state == "ready"
 
-    def view(self) -> WorkerView:
-        """Its load now."""
+    @property
+    def num_assigned(self) -> int:
+        """Choices that it decodes, ours and others'."""
+        return self.num_sequences + self.others_sequences
+
+    def view(self, now: float, *, cached_tokens: int = 0, avoid: frozenset[str] = frozenset()) -> WorkerView:
+        """Its load now. The rest is known of one request or one pair only."""
+        load = self.load
         return WorkerView(
             info=self.info,
-            num_sequences=sum(self.sequences.values()) + self.others_sequences,
-            queued_tokens=sum(self.prefilling.values()) + self.others_tokens,
+            num_sequences=self.num_assigned,
+            queued_tokens=self.backlog.num_tokens,
+            context_tokens=self.context_tokens + self.others_context,
+            backlog_ms=self.backlog.ms(now),
+            cached_tokens=cached_tokens,
+            num_free_blocks=load.num_free_blocks if load.num_blocks else None,
+            scales=(load.prefill_scale or 1.0, load.decode_scale or 1.0),
+            avoid=avoid,
+            rates=self.rates,
         )
 
-    def hear(self, heartbeat: Heartbeat) -> bool:
+    def assign(self, request_id: str, num_choices: int, num_tokens: int) -> None:
+        """It decodes this request for us."""
+        self.unassign(request_id)
+        self.sequences[request_id] = num_choices
+        self.contexts[request_id] = num_choices * num_tokens
+        self.num_sequences += num_choices
+        self.context_tokens += num_choices * num_tokens
+
+    def unassign(self, request_id: str) -> None:
+        """It does so no longer."""
+        self.num_sequences -= self.sequences.pop(request_id, 0)
+        self.context_tokens -= self.contexts.pop(request_id, 0)
+
+    def hear(self, now: float, heartbeat: Heartbeat) -> bool:
         """Take a heartbeat of this incarnation. Returns whether the engine has just been found hung."""
         if heartbeat.info.epoch >= self.info.epoch:
             self.info = heartbeat.info
         self.load = load = heartbeat.load
-        self.others_sequences = max(0, load.num_running + load.num_waiting - sum(self.sequences.values()))
-        self.others_tokens = max(0, load.queued_tokens - sum(self.prefilling.values()))
+        self.others_sequences = max(0, load.num_running + load.num_waiting - self.num_sequences)
+        self.others_context = max(0, load.context_tokens - self.context_tokens)
+        rate = ms_per_prefill_token(self.info.profile, load.prefill_scale or 1.0)
+        self.backlog.hear(now, load.queued_tokens, rate)
+        self.rates = {peer.peer_id: peer for peer in heartbeat.peers}
         stands = heartbeat.step_count == self.step_count and heartbeat.step_age_ms >= HUNG_STEP_S * 1000
         self.step_count, self.step_age_ms = heartbeat.step_count, heartbeat.step_age_ms
         self.num_hung_heartbeats = self.num_hung_heartbeats + 1 if stands else 0
@@ -81,7 +116,9 @@ class Fleet:
         if worker is None or not worker.up:
             return None
         worker.up = False
-        worker.sequences, worker.prefilling = {}, {}
+        worker.sequences, worker.contexts = {}, {}
+        worker.num_sequences = worker.context_tokens = 0
+        worker.backlog.clear()
         return worker
 
     def decoders(self) -> list[Worker]:
@@ -103,19 +140,20 @@ class Fleet:
             and (worker.info.identity, worker.info.kv_fingerprint) == (decoder.identity, decoder.kv_fingerprint)
         ]
 
-    def assign(self, request_id: str, decoder: str, num_choices: int, source: str | None, num_tokens: int) -> None:
-        """Count a dispatch."""
-        self.workers[decoder].sequences[request_id] = num_choices
-        if source is not None:
-            self.workers[source].prefilling[request_id] = num_tokens
+    def assign(
+        self, now: float, request_id: str, decoder: str, num_choices: int, num_tokens: int, prefiller: str, work: Work
+    ) -> None:
+        """Count a dispatch: who decodes, and who computes the prompt (the same, or its first source)."""
+        self.workers[decoder].assign(request_id, num_choices, num_tokens)
+        self.workers[prefiller].backlog.add(now, request_id, work)
 
-    def prefilled(self, request_id: str, source: str | None) -> None:
-        """The first token came: the source has nothing more to do for it."""
-        if source is not None and source in self.workers:
-            self.workers[source].prefilling.pop(request_id, None)
+    def prefilled(self, now: float, request_id: str, prefiller: str | None) -> None:
+        """The first token came: nothing more is to be computed for it."""
+        if prefiller is not None and prefiller in self.workers:
+            self.workers[prefiller].backlog.remove(now, request_id)
 
-    def unassign(self, request_id: str, decoder: str, source: str | None) -> None:
+    def unassign(self, now: float, request_id: str, decoder: str, prefiller: str | None) -> None:
         """The attempt is over."""
         if decoder in self.workers:
-            self.workers[decoder].sequences.pop(request_id, None)
-        self.prefilled(request_id, source)
+            self.workers[decoder].unassign(request_id)
+        self.prefilled(now, request_id, prefiller)

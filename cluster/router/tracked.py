@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from cluster.router.decision import Decision
 from cluster.router.effects import Submit
-from cluster.types import Choice, Path, Tokens
+from cluster.router.kv_index import PrefixHint
+from cluster.types import Choice, Dispatch, Path, SourceRef, Tokens, WorkerInfo
 
 MAX_HISTORY = 16
 Verdict = Literal["accept", "duplicate", "gap"]
@@ -44,7 +48,9 @@ class Tracked:
     submitted_at: float
     attempt: int = 0
     worker_id: str | None = None  # of the current attempt; None while it waits
-    source_id: str | None = None  # its first source
+    prefiller_id: str | None = None  # who computes its prompt: its first source, or the decode worker itself
+    decision: Decision | None = None  # why it is there
+    hint: PrefixHint | None = None  # who held its prefix then
     retry_at: float = 0.0
     num_retries: int = 0  # refused or busy, since it was last accepted
     num_losses: int = 0  # decode workers lost under it
@@ -73,12 +79,36 @@ class Tracked:
         """Every choice is done."""
         return all(choice.finished for choice in self.choices.values())
 
+    @property
+    def num_unfinished(self) -> int:
+        """Choices that are not done."""
+        return sum(not choice.finished for choice in self.choices.values())
+
     def unfinished(self) -> tuple[Choice, ...]:
         """What a decode worker is to continue, with everything accepted so far."""
         return tuple(
             Choice(index=choice.index, seed=choice.seed, outputs=np.array(choice.outputs, dtype="<i4").tobytes())
             for choice in self.choices.values()
             if not choice.finished
+        )
+
+    def dispatch(self, now: float, decoder: WorkerInfo, sources: Sequence[WorkerInfo]) -> Dispatch:
+        """The message of the current attempt."""
+        submit = self.submit
+        return Dispatch(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            incarnation=decoder.incarnation,
+            epoch=decoder.epoch,
+            prompt=submit.prompt,
+            choices=self.unfinished(),
+            params=submit.params,
+            remaining_ms=max(1, math.ceil((submit.deadline - now) * 1000)),  # ours passes first
+            sources=tuple(
+                SourceRef(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address)
+                for info in sources
+            ),
+            cache_salt=submit.cache_salt,
         )
 
     def judge(self, tokens: Tokens) -> Verdict:

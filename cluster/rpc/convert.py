@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import get_args
 
+from cluster.rpc.convert_profile import peer_from_pb, peer_to_pb, profile_from_pb, profile_to_pb
 from cluster.rpc.pb import messages_pb2 as m
 from cluster.rpc.pb import worker_pb2 as w
+from cluster.rpc.wire_error import WireError as WireError
 from cluster.types import (
+    CACHE_KEY_BYTES,
     AbortRequest,
+    CacheNews,
     Choice,
     Dispatch,
     Entry,
@@ -21,6 +25,8 @@ from cluster.types import (
     Path,
     Release,
     RouterMessage,
+    SourceFailed,
+    SourceFailure,
     SourceRef,
     Stage,
     Tokens,
@@ -31,11 +37,6 @@ from engine.config import Role
 from engine.messages import Load
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
-
-
-class WireError(ValueError):
-    """A peer sent something that this program would never send."""
-
 
 _ROLES: dict[Role, m.Role] = {"prefill": m.ROLE_PREFILL, "decode": m.ROLE_DECODE}
 _STATES: dict[WorkerState, m.WorkerState] = {
@@ -50,6 +51,7 @@ _ROLE_OF = {number: name for name, number in _ROLES.items()}
 _STATE_OF = {number: name for name, number in _STATES.items()}
 _PATHS: dict[str, Path] = {name: name for name in get_args(Path)}
 _STAGES: dict[str, Stage] = {name: name for name in get_args(Stage)}
+_FAILURES: dict[str, SourceFailure] = {name: name for name in get_args(SourceFailure)}
 _FINISH: dict[str, FinishReason] = {reason.value: reason for reason in FinishReason}
 _INFO_PLAIN = (
     *("worker_id", "incarnation", "epoch", "address", "model", "identity", "kv_fingerprint", "numerics_class"),
@@ -76,6 +78,7 @@ def info_to_pb(info: WorkerInfo) -> m.WorkerInfo:
         role=_ROLES[info.role],
         state=_STATES[info.state],
         eos_token_ids=info.eos_token_ids,
+        profile=profile_to_pb(info.profile),
         **{name: getattr(info, name) for name in _INFO_PLAIN},
     )
 
@@ -87,6 +90,7 @@ def info_from_pb(pb: m.WorkerInfo) -> WorkerInfo:
         role=_ROLE_OF[pb.role],
         state=_STATE_OF[pb.state],
         eos_token_ids=tuple(pb.eos_token_ids),
+        profile=profile_from_pb(pb.profile),
         **{name: getattr(pb, name) for name in _INFO_PLAIN},
     )
 
@@ -236,6 +240,12 @@ def entry_to_pb(entry: Entry) -> w.Entry:
     elif isinstance(entry, News):
         news = w.News(stage=entry.stage, computed_tokens=entry.computed_tokens, queue_ms=entry.queue_ms)
         pb.news.CopyFrom(news)
+    elif isinstance(entry, SourceFailed):
+        pb.source_failed.source_id = entry.source_id
+        pb.source_failed.source_incarnation = entry.source_incarnation
+        pb.source_failed.reason = entry.reason
+    elif isinstance(entry, CacheNews):
+        pb.cache.CopyFrom(w.CacheNews(reset=entry.reset, stored=entry.stored, evicted=entry.evicted))
     else:
         pb.failed.CopyFrom(w.Failed(code=entry.code, message=entry.message))
     return pb
@@ -257,7 +267,25 @@ def entry_from_pb(pb: w.Entry) -> Entry:
         )
     if kind == "failed":
         return Failed(request_id=pb.request_id, attempt=pb.attempt, code=pb.failed.code, message=pb.failed.message)
+    if kind == "source_failed":
+        return _source_failed_from_pb(pb)
+    if kind == "cache":
+        if len(pb.cache.stored) % CACHE_KEY_BYTES or len(pb.cache.evicted) % CACHE_KEY_BYTES:
+            raise WireError("cache news with half a key")
+        return CacheNews(reset=pb.cache.reset, stored=pb.cache.stored, evicted=pb.cache.evicted)
     raise WireError("an entry of no kind")
+
+
+def _source_failed_from_pb(pb: w.Entry) -> SourceFailed:
+    if pb.source_failed.reason not in _FAILURES:
+        raise WireError(f"a source that failed for {pb.source_failed.reason!r}")
+    return SourceFailed(
+        request_id=pb.request_id,
+        attempt=pb.attempt,
+        source_id=pb.source_failed.source_id,
+        source_incarnation=pb.source_failed.source_incarnation,
+        reason=_FAILURES[pb.source_failed.reason],
+    )
 
 
 def _tokens_from_pb(request_id: str, attempt: int, pb: w.Tokens) -> Tokens:
@@ -290,6 +318,7 @@ def heartbeat_to_pb(heartbeat: Heartbeat) -> w.WorkerMessage:
             load=load_to_pb(heartbeat.load),
             step_count=heartbeat.step_count,
             step_age_ms=heartbeat.step_age_ms,
+            peers=[peer_to_pb(peer) for peer in heartbeat.peers],
         )
     )
 
@@ -305,6 +334,7 @@ def worker_message_from_pb(pb: w.WorkerMessage) -> WorkerInfo | Heartbeat | tupl
             load=load_from_pb(pb.heartbeat.load),
             step_count=pb.heartbeat.step_count,
             step_age_ms=pb.heartbeat.step_age_ms,
+            peers=tuple(peer_from_pb(peer) for peer in pb.heartbeat.peers),
         )
     if kind == "welcome":
         return info_from_pb(pb.welcome)

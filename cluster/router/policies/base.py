@@ -1,4 +1,4 @@
-"""What a policy sees and says. Policies are pure: the same views, turn and random state give the same placement."""
+"""What a policy says. Policies are pure: the same views, turn and random state give the same placement."""
 
 from __future__ import annotations
 
@@ -7,40 +7,54 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from cluster.types import WorkerInfo
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerView:
-    """A worker's load as the router knows it: its last heartbeat and what was sent since."""
-
-    info: WorkerInfo
-    num_sequences: int  # as decode worker: running, pulling, waiting, or on their way
-    queued_tokens: int  # as source: prompt tokens that it still has to compute
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestView:
-    """What a placement may depend on. `turn` counts placements of this router."""
-
-    num_tokens: int
-    num_choices: int
-    turn: int
+from cluster.router.predict import Prediction
+from cluster.router.views import RequestView, WorkerView
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Worker ids: who decodes, and whom it may ask for the prompt's KV, best first."""
+    """Worker ids: who decodes, and whom it may ask for the prompt's KV, best first.
+
+    No sources with `alone` is a choice; without it, there were none. `why` is for people. `considered` are the
+    predictions that were compared, the chosen one first; empty for policies that don't predict.
+    """
 
     decode: str
     sources: tuple[str, ...]
+    alone: bool = False
+    why: str = ""
+    considered: tuple[Prediction, ...] = ()
 
 
 class Policy(Protocol):
-    """Chooses among ready workers. `decode` is never empty; `prefill` may be. Both are sorted by worker id."""
+    """Chooses among ready workers. `decode` is never empty; `prefill` may be. Both are sorted by worker id.
+
+    With `wants_cache` the views' `cached_tokens` are filled in, which costs a hash per cached block.
+    """
+
+    name: str
+    wants_cache: bool
 
     def place(
         self, request: RequestView, decode: Sequence[WorkerView], prefill: Sequence[WorkerView], rng: Random
     ) -> Placement:
-        """Where a request goes. Ties are broken by `rng`."""
+        """Where a request goes. Ties are broken by `rng`. Sources that the decode worker is to avoid come last."""
         ...
+
+
+def share(view: WorkerView) -> float:
+    """How much of its batch a decode worker has in use, 1.0 and more when it is full."""
+    return view.num_sequences / max(1, view.info.max_num_seqs)
+
+
+def rows_in_words(view: WorkerView) -> str:
+    """For `why`."""
+    return f"{view.num_sequences} of {view.info.max_num_seqs} rows in use"
+
+
+def ranked(decode: WorkerView, sources: Sequence[WorkerView]) -> tuple[str, ...]:
+    """Ids in the given order, those that failed this decode worker lately last."""
+    ids = [view.info.worker_id for view in sources]
+    if not decode.avoid:
+        return tuple(ids)
+    return (*(i for i in ids if i not in decode.avoid), *(i for i in ids if i in decode.avoid))

@@ -34,7 +34,7 @@ WORKER_STATE_VERIFYING: WorkerState
 WORKER_STATE_FAILED: WorkerState
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "epoch", "role", "state", "address", "model", "identity", "kv_fingerprint", "numerics_class", "block_size", "max_model_len", "max_num_seqs", "vocab_size", "eos_token_ids", "pool", "node", "pid")
+    __slots__ = ("worker_id", "incarnation", "epoch", "role", "state", "address", "model", "identity", "kv_fingerprint", "numerics_class", "block_size", "max_model_len", "max_num_seqs", "vocab_size", "eos_token_ids", "pool", "node", "pid", "profile")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class WorkerInfo(_message.Message):
     POOL_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     epoch: int
@@ -71,10 +72,37 @@ class WorkerInfo(_message.Message):
     pool: str
     node: str
     pid: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., identity: _Optional[str] = ..., kv_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pool: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    profile: Profile
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., identity: _Optional[str] = ..., kv_fingerprint: _Optional[str] = ..., numerics_class: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pool: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+
+class Profile(_message.Message):
+    __slots__ = ("prefill", "prefill_ms_per_token_kilocontext", "decode", "decode_ms_per_row_kilocontext", "max_step_ms", "max_step_tokens", "kv_token_bytes")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_PER_TOKEN_KILOCONTEXT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_MS_PER_ROW_KILOCONTEXT_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    prefill: _containers.RepeatedCompositeFieldContainer[Point]
+    prefill_ms_per_token_kilocontext: float
+    decode: _containers.RepeatedCompositeFieldContainer[Point]
+    decode_ms_per_row_kilocontext: float
+    max_step_ms: float
+    max_step_tokens: int
+    kv_token_bytes: int
+    def __init__(self, prefill: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., prefill_ms_per_token_kilocontext: _Optional[float] = ..., decode: _Optional[_Iterable[_Union[Point, _Mapping]]] = ..., decode_ms_per_row_kilocontext: _Optional[float] = ..., max_step_ms: _Optional[float] = ..., max_step_tokens: _Optional[int] = ..., kv_token_bytes: _Optional[int] = ...) -> None: ...
+
+class Point(_message.Message):
+    __slots__ = ("count", "ms")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    MS_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    ms: float
+    def __init__(self, count: _Optional[int] = ..., ms: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_served", "queued_tokens", "num_blocks", "num_free_blocks", "num_referenced_blocks", "num_quarantined_blocks", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens")
+    __slots__ = ("num_running", "num_waiting", "num_served", "queued_tokens", "num_blocks", "num_free_blocks", "num_referenced_blocks", "num_quarantined_blocks", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens", "context_tokens", "prefill_scale", "decode_scale")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_SERVED_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +116,9 @@ class Load(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SCALE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SCALE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_served: int
@@ -101,7 +132,10 @@ class Load(_message.Message):
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_served: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_referenced_blocks: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ...) -> None: ...
+    context_tokens: int
+    prefill_scale: float
+    decode_scale: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_served: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_referenced_blocks: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "logprobs")

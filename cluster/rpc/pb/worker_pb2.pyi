@@ -90,16 +90,30 @@ class WorkerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("info", "load", "step_count", "step_age_ms")
+    __slots__ = ("info", "load", "step_count", "step_age_ms", "peers")
     INFO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     info: _messages_pb2.WorkerInfo
     load: _messages_pb2.Load
     step_count: int
     step_age_ms: int
-    def __init__(self, info: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_messages_pb2.Load, _Mapping]] = ..., step_count: _Optional[int] = ..., step_age_ms: _Optional[int] = ...) -> None: ...
+    peers: _containers.RepeatedCompositeFieldContainer[PeerRate]
+    def __init__(self, info: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[_messages_pb2.Load, _Mapping]] = ..., step_count: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[PeerRate, _Mapping]]] = ...) -> None: ...
+
+class PeerRate(_message.Message):
+    __slots__ = ("peer_id", "transport", "gb_per_s", "latency_ms")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    transport: str
+    gb_per_s: float
+    latency_ms: float
+    def __init__(self, peer_id: _Optional[str] = ..., transport: _Optional[str] = ..., gb_per_s: _Optional[float] = ..., latency_ms: _Optional[float] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("entries",)
@@ -108,18 +122,22 @@ class Batch(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("request_id", "attempt", "tokens", "news", "failed")
+    __slots__ = ("request_id", "attempt", "tokens", "news", "failed", "source_failed", "cache")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEWS_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FAILED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     tokens: Tokens
     news: News
     failed: Failed
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    source_failed: SourceFailed
+    cache: CacheNews
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., source_failed: _Optional[_Union[SourceFailed, _Mapping]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("choice", "position", "token_ids", "logprobs", "finish_reason", "stop_token", "num_cached_tokens", "path")
@@ -158,3 +176,23 @@ class Failed(_message.Message):
     code: str
     message: str
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class SourceFailed(_message.Message):
+    __slots__ = ("source_id", "source_incarnation", "reason")
+    SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    source_id: str
+    source_incarnation: str
+    reason: str
+    def __init__(self, source_id: _Optional[str] = ..., source_incarnation: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class CacheNews(_message.Message):
+    __slots__ = ("reset", "stored", "evicted")
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    reset: bool
+    stored: bytes
+    evicted: bytes
+    def __init__(self, reset: _Optional[bool] = ..., stored: _Optional[bytes] = ..., evicted: _Optional[bytes] = ...) -> None: ...

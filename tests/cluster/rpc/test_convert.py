@@ -17,6 +17,7 @@ from engine.config import Role
 from engine.messages import Load
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
+from engine.scheduler.profile import Profile
 
 # many processes may share this machine's two cores
 LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,10 +32,25 @@ tokens = st.lists(i32, min_size=1, max_size=8).map(
 )
 
 
+keys = st.lists(st.binary(min_size=8, max_size=8), max_size=4).map(b"".join)
+
+
 def tuples(of: st.SearchStrategy[Any], min_size: int = 0) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.lists(of, max_size=4, min_size=min_size).map(tuple)
 
 
+ms = st.floats(0, 1e6, allow_subnormal=False)
+tables = st.dictionaries(u32, ms, min_size=1, max_size=5).map(lambda points: tuple(sorted(points.items())))
+profiles = st.just(Profile()) | st.builds(
+    Profile,
+    prefill=tables,
+    decode=tables,
+    prefill_ms_per_token_kilocontext=ms,
+    decode_ms_per_row_kilocontext=ms,
+    max_step_ms=ms,
+    max_step_tokens=u32,
+    kv_token_bytes=u32,
+)
 infos = st.builds(
     types.WorkerInfo,
     **{name: text for name, kind in get_type_hints(types.WorkerInfo).items() if kind is str},
@@ -42,6 +58,7 @@ infos = st.builds(
     role=st.sampled_from(get_args(Role)),
     state=st.sampled_from(get_args(types.WorkerState)),
     eos_token_ids=tuples(i32),
+    profile=profiles,
 )
 sources = st.builds(
     types.SourceRef, worker_id=text, incarnation=text, address=text, max_compute_tokens=st.integers(-1, 2**40)
@@ -107,6 +124,22 @@ entries = (
         queue_ms=u32,
     )
     | st.builds(types.Failed, request_id=text, attempt=u32, code=text, message=text)
+    | st.builds(
+        types.SourceFailed,
+        request_id=text,
+        attempt=u32,
+        source_id=text,
+        source_incarnation=text,
+        reason=st.sampled_from(get_args(types.SourceFailure)),
+    )
+    | st.builds(types.CacheNews, reset=st.booleans(), stored=keys, evicted=keys)
+)
+peer_rates = st.builds(
+    types.PeerRate,
+    peer_id=text,
+    transport=st.sampled_from(get_args(types.Transport)),
+    gb_per_s=st.floats(0.001, 1e3),
+    latency_ms=ms,
 )
 loads = st.builds(Load, **dict.fromkeys(Load.__struct_fields__, u32))
 pieces = st.builds(
@@ -151,14 +184,18 @@ def test_router_messages_survive_the_wire(message: types.RouterMessage) -> None:
 
 
 @LOADED
-@given(tuples(entries), infos, loads, u63)
+@given(tuples(entries), infos, loads, u63, tuples(peer_rates))
 def test_worker_messages_survive_the_wire(
-    batch: tuple[types.Entry, ...], info: types.WorkerInfo, load: Load, count: int
+    batch: tuple[types.Entry, ...],
+    info: types.WorkerInfo,
+    load: Load,
+    count: int,
+    peers: tuple[types.PeerRate, ...],
 ) -> None:
     def there_and_back(message: worker_pb2.WorkerMessage) -> object:
         return c.worker_message_from_pb(worker_pb2.WorkerMessage.FromString(message.SerializeToString()))
 
-    heartbeat = types.Heartbeat(info=info, load=load, step_count=count, step_age_ms=count)
+    heartbeat = types.Heartbeat(info=info, load=load, step_count=count, step_age_ms=count, peers=peers)
     assert there_and_back(c.batch_to_pb(batch)) == batch
     assert there_and_back(c.heartbeat_to_pb(heartbeat)) == heartbeat
     assert there_and_back(worker_pb2.WorkerMessage(welcome=c.info_to_pb(info))) == info
@@ -253,6 +290,10 @@ def test_unknown_kinds_and_names_are_wire_errors() -> None:
         c.entry_from_pb(worker_pb2.Entry(news=worker_pb2.News(stage="dreaming")))
     with pytest.raises(c.WireError):
         c.entry_from_pb(worker_pb2.Entry(tokens=worker_pb2.Tokens(finish_reason="bored")))
+    with pytest.raises(c.WireError, match="half a key"):
+        c.entry_from_pb(worker_pb2.Entry(cache=worker_pb2.CacheNews(stored=b"1234567")))
+    with pytest.raises(c.WireError, match="bored"):
+        c.entry_from_pb(worker_pb2.Entry(source_failed=worker_pb2.SourceFailed(reason="bored")))
     with pytest.raises(c.WireError):
         f.fetch_reply_from_pb(kv_source_pb2.FetchReply())
     with pytest.raises(c.WireError):
@@ -264,3 +305,28 @@ def test_unknown_kinds_and_names_are_wire_errors() -> None:
 def test_a_fetch_outside_its_tokens_is_a_wire_error() -> None:
     with pytest.raises(c.WireError, match=r"\[0, 3\) of 2 tokens"):
         f.open_from_pb(f.open_to_pb(replace(_open(b"abcdabcd"), end=3)))
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [([(4, 1.0), (4, 2.0)], "ascend"), ([(1, -1.0)], "milliseconds"), ([(1, float("nan"))], "milliseconds")],
+)
+def test_a_profile_that_says_nothing_is_a_wire_error(points: list[tuple[int, float]], words: str) -> None:
+    message = c.info_to_pb(
+        types.WorkerInfo(worker_id="w", incarnation="i", epoch=1, role="decode", state="ready", address="")
+    )
+    for count, ms in points:
+        message.profile.prefill.add(count=count, ms=ms)
+    with pytest.raises(c.WireError, match=words):
+        c.info_from_pb(message)
+
+
+@pytest.mark.parametrize("rate", [{"gb_per_s": 0.0}, {"latency_ms": -1.0}, {"transport": "carrier pigeon"}], ids=str)
+def test_a_peer_rate_that_says_nothing_is_a_wire_error(rate: dict[str, Any]) -> None:
+    good = {"peer_id": "d", "transport": "local", "gb_per_s": 1.0, "latency_ms": 0.1}
+    info = c.info_to_pb(
+        types.WorkerInfo(worker_id="w", incarnation="i", epoch=1, role="decode", state="ready", address="")
+    )
+    beat = worker_pb2.Heartbeat(info=info, peers=[worker_pb2.PeerRate(**{**good, **rate})])
+    with pytest.raises(c.WireError, match="a peer's rate"):
+        c.worker_message_from_pb(worker_pb2.WorkerMessage(heartbeat=beat))

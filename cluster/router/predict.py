@@ -1,0 +1,188 @@
+"""Predicted milliseconds of a placement: pure arithmetic over what workers measured of themselves and what they carry.
+
+    time to first token with a source P, at decode worker D          and by D alone
+      wait      for a row of D's batch                                 the same
+      queue     prefill work that P has                                prefill work that D has
+      compute   the prompt after what P has cached                     after what D has cached, D's rows riding along
+      transfer  what of it doesn't overlap with computing              -
+      steps     D's running step, and the one that runs the last token what is left of D's running step
+      overhead  what all this leaves out, learnt from first tokens     the same, learnt apart
+
+    time per token: one decode step of D with this request in it
+    cost: the request's own time to its end, and what its work adds to the others on D
+
+No GPU name is looked at. A worker that measured nothing is taken for NOMINAL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.router.views import RequestView, WorkerView
+from cluster.types import PeerRate
+from engine.scheduler.profile import Profile, interpolate
+
+NOMINAL = Profile(prefill=((1, 5.0), (1000, 200.0)), decode=((1, 5.0), (32, 20.0)), kv_token_bytes=32768)
+NOMINAL_LATENCY_MS = 1.0
+NOMINAL_GB_PER_S = 1.0
+ALONE, REMOTE = "alone", "remote"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Milliseconds; see the picture above. `source` None: the decode worker alone."""
+
+    decode: str
+    source: str | None
+    wait_ms: float
+    queue_ms: float
+    compute_ms: float
+    transfer_ms: float
+    steps_ms: float
+    overhead_ms: float
+    tpot_ms: float
+    cost_ms: float
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to first token, from the dispatch."""
+        parts = (self.wait_ms, self.queue_ms, self.compute_ms, self.transfer_ms, self.steps_ms, self.overhead_ms)
+        return sum(parts)
+
+
+class DecodeCosts:
+    """What decode worker D adds, whatever the source. Milliseconds."""
+
+    def __init__(self, request: RequestView, view: WorkerView) -> None:
+        profile, scale = _profile(view), view.scales[1]
+        rows, new = view.num_sequences, request.num_choices
+        most = max(1, view.info.max_num_seqs or rows + new)
+        running, with_us = min(rows, most), min(rows + new, most)
+        context = view.context_tokens
+        mine = new * (request.num_tokens + request.num_outputs / 2)
+        self.running = running
+        self.step_ms = scale * profile.decode_step_ms(running, context)
+        self.tpot_ms = scale * profile.decode_step_ms(with_us, context + mine)
+        self.riding_ms = max(0.0, self.step_ms - scale * interpolate(profile.decode, 0)) if running else 0.0
+        # rows come free one by one: each after a whole answer, `most` of them at a time
+        self.wait_ms = max(0, rows + new - most) * request.num_outputs * self.tpot_ms / most
+        self.slows_ms = running * request.num_outputs * max(0.0, self.tpot_ms - self.step_ms)
+
+
+class Predictor:
+    """Predicts placements of one request."""
+
+    def __init__(self, request: RequestView) -> None:
+        self._request = request
+
+    def source_ms(self, source: WorkerView) -> tuple[float, float]:
+        """(queue, compute) of a source, whoever decodes. The decode worker runs the last token itself."""
+        profile = _profile(source)
+        wanted = self._request.num_tokens - 1
+        cached = min(source.cached_tokens, wanted)
+        return source.backlog_ms, source.scales[0] * profile.prefill_ms(wanted - cached, cached)
+
+    def transfer_ms(self, source: WorkerView, decode: WorkerView, compute_ms: float) -> float:
+        """What of the KV is still to be moved when the source has computed: its last step's, or more on a slow link."""
+        profile, wanted = _profile(source), self._request.num_tokens - 1
+        moved = max(0, wanted - decode.cached_tokens)
+        rate = source.rates.get(decode.info.worker_id)
+        if rate is None:
+            rate = _typical(source.rates)
+        latency_ms, gb_per_s = (rate.latency_ms, rate.gb_per_s) if rate else (NOMINAL_LATENCY_MS, NOMINAL_GB_PER_S)
+        ms_per_token = profile.kv_token_bytes / (gb_per_s * 1e6)
+        computed = wanted - min(source.cached_tokens, wanted)
+        last = moved
+        if computed > 0 and computed > profile.max_step_tokens:
+            last = min(moved, computed % profile.max_step_tokens or profile.max_step_tokens)
+        overlapped_ms = compute_ms if last < moved else 0.0
+        return latency_ms + max(last * ms_per_token, moved * ms_per_token - overlapped_ms)
+
+    def remote(
+        self, decode: WorkerView, costs: DecodeCosts, source: WorkerView, source_ms: tuple[float, float]
+    ) -> Prediction:
+        """With this source."""
+        queue_ms, compute_ms = source_ms
+        return self._prediction(
+            decode,
+            costs,
+            source=source.info.worker_id,
+            queue_ms=queue_ms,
+            compute_ms=compute_ms,
+            transfer_ms=self.transfer_ms(source, decode, compute_ms),
+            steps_ms=costs.step_ms + costs.tpot_ms,
+            overhead_ms=self._request.overheads.get(REMOTE, 0.0),
+            stalls_ms=0.0,
+        )
+
+    def alone(self, decode: WorkerView, costs: DecodeCosts) -> Prediction:
+        """By the decode worker itself: its running rows ride along in every step, and are held up."""
+        profile = _profile(decode)
+        cached = min(decode.cached_tokens, self._request.num_tokens - 1)
+        num_tokens = self._request.num_tokens - cached
+        compute_ms = decode.scales[0] * profile.prefill_ms(num_tokens, cached)
+        num_steps = max(1.0, compute_ms / max(1.0, profile.max_step_ms))
+        return self._prediction(
+            decode,
+            costs,
+            source=None,
+            queue_ms=decode.backlog_ms,
+            compute_ms=compute_ms + num_steps * costs.riding_ms,
+            transfer_ms=0.0,
+            steps_ms=costs.step_ms / 2,
+            overhead_ms=self._request.overheads.get(ALONE, 0.0),
+            stalls_ms=costs.running * compute_ms,
+        )
+
+    def _prediction(
+        self,
+        decode: WorkerView,
+        costs: DecodeCosts,
+        *,
+        source: str | None,
+        queue_ms: float,
+        compute_ms: float,
+        transfer_ms: float,
+        steps_ms: float,
+        overhead_ms: float,
+        stalls_ms: float,
+    ) -> Prediction:
+        first_ms = costs.wait_ms + queue_ms + compute_ms + transfer_ms + steps_ms + overhead_ms
+        own_ms = first_ms + costs.tpot_ms * max(0.0, self._request.num_outputs - 1)
+        return Prediction(
+            decode=decode.info.worker_id,
+            source=source,
+            wait_ms=costs.wait_ms,
+            queue_ms=queue_ms,
+            compute_ms=compute_ms,
+            transfer_ms=transfer_ms,
+            steps_ms=steps_ms,
+            overhead_ms=overhead_ms,
+            tpot_ms=costs.tpot_ms,
+            cost_ms=own_ms + costs.slows_ms + stalls_ms,
+        )
+
+
+def prefill_work_ms(view: WorkerView, num_tokens: int) -> float:
+    """How long a worker is busy with a prompt, less what it has cached: what its backlog grows by."""
+    cached = min(view.cached_tokens, num_tokens)
+    return view.scales[0] * _profile(view).prefill_ms(num_tokens - cached, cached)
+
+
+def ms_per_prefill_token(profile: Profile, scale: float) -> float:
+    """The plain rate, for tokens of whose prompts nothing is known."""
+    if not profile.known:
+        profile = NOMINAL
+    num_tokens = profile.chunk_tokens(profile.max_step_ms)
+    return scale * profile.prefill_step_ms(num_tokens) / num_tokens
+
+
+def _profile(view: WorkerView) -> Profile:
+    return view.info.profile if view.info.profile.known else NOMINAL
+
+
+def _typical(rates: Mapping[str, PeerRate]) -> PeerRate | None:
+    """For a peer that was never served: the middle one of those that were."""
+    known = sorted(rates.values(), key=lambda rate: rate.gb_per_s)
+    return known[len(known) // 2] if known else None
