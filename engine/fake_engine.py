@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -25,7 +25,8 @@ from engine.kv.block_manager import BlockManager
 from engine.kv.layout import KVLayout
 from engine.kv.memory import ByteArray, KVMemory
 from engine.request import SamplingParams
-from engine.scheduler.batch import IntArray, RowStart, ScheduledBatch, StepResult, TokenLogprobs
+from engine.scheduler.batch import IntArray, PromptScore, RowStart, ScheduledBatch, StepResult, TokenLogprobs
+from engine.scheduler.profile import Profile, profile_of
 from engine.scheduler.request_state import ModelLimits
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.step_cost import StepCost
@@ -82,6 +83,15 @@ class FakeModel:
                 return token
             index = (index + 1) % len(self.vocabulary)
         return token
+
+    def prompt_logprob(self, chain_value: int, token: int) -> float:
+        """The logprob of a prompt token after the position whose chain value this is: a whole number of 1/64."""
+        return -(xxhash.xxh3_64_intdigest(_LINK.pack(chain_value, token, -1)) % 1024) / 64
+
+    def prompt_oracle(self, prompt: Sequence[int]) -> list[float]:
+        """Logprobs of the prompt's tokens from the second on."""
+        chain = self.chain(self.root, prompt, 0).tolist()
+        return [self.prompt_logprob(value, token) for value, token in zip(chain, prompt[1:], strict=False)]
 
     def oracle(
         self,
@@ -234,7 +244,8 @@ class FakeRunner:
                 num_tops = self._rows[row].start.params.logprobs
                 if num_tops is not None:
                     logprobs[i] = self._logprobs(int(token_ids[i]), num_tops)
-        return StepResult(step=batch.step, token_ids=token_ids, logprobs=logprobs)
+        prompt_logprobs = {score.index: self._score(self._rows[shape[score.index][0]], score) for score in batch.scores}
+        return StepResult(step=batch.step, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def _write_kv(self, row: _Row, num_computed: int, query_len: int) -> None:
         layout = self.memory.layout
@@ -262,6 +273,18 @@ class FakeRunner:
         row.tokens.append(token)
         return token
 
+    def _score(self, row: _Row, score: PromptScore) -> tuple[TokenLogprobs, ...]:
+        """From the chain values as they are read from the pool."""
+        layout, scored = self.memory.layout, []
+        for position in range(score.first_position, score.first_position + score.count):
+            before = position - 1
+            words = self._words6[row.table[before // layout.block_size], 0, 0, 0, before % layout.block_size]
+            token = row.tokens[position]
+            logprob = self.model.prompt_logprob(int(words[0]), token)
+            entry = self._logprobs(token, score.num_top)
+            scored.append(replace(entry, logprob=logprob))
+        return tuple(scored)
+
     def _logprobs(self, token: int, num_tops: int) -> TokenLogprobs:
         others = [other for other in self.model.vocabulary[: num_tops + 1] if other != token]
         top_ids = tuple([token, *others][:num_tops])
@@ -285,6 +308,17 @@ class FakeConfig:
     def max_model_len(self) -> int:
         """Tokens of prompt and outputs."""
         return self.engine.max_model_len or 4096
+
+    @property
+    def profile(self) -> Profile:
+        """What it says of itself: exactly its speed."""
+        return profile_of(
+            self.speed,
+            max_step_ms=self.engine.max_step_ms,
+            max_step_tokens=self.engine.max_batched_tokens,
+            max_num_seqs=self.engine.max_num_seqs,
+            kv_token_bytes=self.layout.token_bytes,
+        )
 
     @property
     def layout(self) -> KVLayout:

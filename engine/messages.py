@@ -32,7 +32,10 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=T
 
 
 class Add(_Message, frozen=True):
-    """Run a request. `prompt` and `outputs` are int32 little-endian token ids; outputs come from an earlier attempt."""
+    """Run a request. `prompt` and `outputs` are int32 little-endian token ids; outputs come from an earlier attempt.
+
+    Lower `priority` is sooner.
+    """
 
     request_id: str
     prompt: bytes
@@ -42,6 +45,7 @@ class Add(_Message, frozen=True):
     outputs: bytes = b""
     cache_salt: bytes = b""
 
+    priority: int = 0
 
 class Probe(_Message, frozen=True):
     """Ask how many tokens of `tokens` (int32 le) the prefix cache holds. Answered by Probed."""
@@ -181,6 +185,17 @@ class NewTokens(_Message, frozen=True):
 
 
 class ServeProgress(_Message, frozen=True):
+class PromptLogprobs(_Message, frozen=True):
+    """Logprobs of prompt tokens [first_position, first_position + len(logprobs)), in order; position 0 has none.
+
+    All of them come before the request's first NewTokens.
+    """
+
+    request_id: str
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
     """News of a served call: tokens computed so far, tokens ahead of it in the queue."""
 
     call_id: str
@@ -215,7 +230,8 @@ class StepEvents(_Message, frozen=True):
     step: int
     num_tokens: int
     replies: tuple[
-        Probed | Reserved | NoSpace | Serving | ServeBusy | ServeProgress | ServedPiece | ServeDone, ...
+        Probed | Reserved | NoSpace | PromptLogprobs | Serving | ServeBusy | ServeProgress | ServedPiece | ServeDone,
+        ...,
     ] = ()
     tokens: tuple[NewTokens, ...] = ()
     load: Load = msgspec.field(default_factory=Load)

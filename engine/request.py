@@ -11,6 +11,10 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_STRINGS = 8
 MAX_STOP_BYTES = 256
 MAX_CHOICES = 8
+MAX_BAD_WORDS = 64
+MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS  # a word alone, and after a space
+MAX_BAD_SEQUENCE_TOKENS = 32
+MAX_ALLOWED_TOKEN_IDS = 32768
 SEED_BITS = 63
 
 
@@ -36,7 +40,14 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 (or -1) and top_p 1 and min_p 0 switch that filter off. `seed` None means that
     whoever admits the request draws one (one per choice). `max_tokens` None means "up to the model's context".
     `logprobs` is the number of alternatives per token (0: only the sampled token's), None for none.
-    Filters apply in the order: penalties, logit_bias, min_tokens mask, temperature, top_k, top_p, min_p.
+    Filters apply in the order: penalties, logit_bias, allowed_token_ids, bad words, min_tokens mask, temperature,
+    top_k, top_p, min_p.
+
+    `bad_words` are texts; whoever has the tokenizer puts their tokens into `bad_token_sequences`, and the sampler never
+    completes one of those among the outputs. `allowed_token_ids` empty allows every token; where nothing is left, token
+    0 comes. `prompt_logprobs` is like `logprobs`, for the prompt's tokens from the second on (the prefix cache is then
+    not read). `truncate_prompt_tokens` keeps that many tokens of the prompt's end (-1: what leaves room for an answer);
+    it is for whoever makes the tokens, the engine does not look at it.
     """
 
     n: int = 1
@@ -56,13 +67,23 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    bad_words: tuple[str, ...] = ()
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop_token_ids", "bad_words", "allowed_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        if self.bad_token_sequences:
+            object.__setattr__(self, "bad_token_sequences", tuple(map(tuple, self.bad_token_sequences)))
         self._check_numbers()
         self._check_lists()
+        if self.bad_words or self.bad_token_sequences or self.allowed_token_ids:
+            self._check_restrictions()
 
     def _check_numbers(self) -> None:
         for name, low, high in (
@@ -87,12 +108,11 @@ class SamplingParams:
             self.min_tokens,
             "<= max_tokens",
         )
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"in [0, {MAX_LOGPROBS}]",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, count, f"in [0, {MAX_LOGPROBS}]")
+        keep = self.truncate_prompt_tokens
+        _check(keep is None or keep == -1 or keep >= 1, "truncate_prompt_tokens", keep, "-1 or at least 1")
         _check(self.seed is None or 0 <= self.seed < 1 << SEED_BITS, "seed", self.seed, f"in [0, 2**{SEED_BITS})")
 
     def _check_lists(self) -> None:
@@ -106,6 +126,31 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check(token >= 0, "logit_bias", token, "keyed by token ids")
             _check(math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", bias, "in [-100, 100]")
+
+    def _check_restrictions(self) -> None:
+        _check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", len(self.bad_words), f"at most {MAX_BAD_WORDS} words")
+        for word in self.bad_words:
+            _check(isinstance(word, str) and bool(word.strip()), "bad_words", word, "words, not empty texts")
+        sequences = self.bad_token_sequences
+        _check(
+            len(sequences) <= MAX_BAD_SEQUENCES, "bad_words", len(sequences), f"at most {MAX_BAD_SEQUENCES} sequences"
+        )
+        for ids in sequences:
+            _check(
+                1 <= len(ids) <= MAX_BAD_SEQUENCE_TOKENS,
+                "bad_words",
+                len(ids),
+                f"1..{MAX_BAD_SEQUENCE_TOKENS} tokens each",
+            )
+            _check(min(ids) >= 0, "bad_words", min(ids), "token ids")
+        allowed = self.allowed_token_ids
+        _check(
+            len(allowed) <= MAX_ALLOWED_TOKEN_IDS,
+            "allowed_token_ids",
+            len(allowed),
+            f"at most {MAX_ALLOWED_TOKEN_IDS} ids",
+        )
+        _check(not allowed or min(allowed) >= 0, "allowed_token_ids", min(allowed, default=0), "token ids")
 
     @property
     def greedy(self) -> bool:

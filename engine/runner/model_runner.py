@@ -5,6 +5,7 @@ A step, none of whose parts waits for the device between launch() and wait():
     1. deltas        rows that start, blocks appended                            InputBatch.prepare
     2. forward       embed, layers (write K and V, attend, MLP)                  model.hidden
     3. head          rows that sample only: norm, LM head, float32 logits        model.logits
+                     (and the positions whose prompt logprobs are wanted         score_prompts)
     4. sample        one token per row, stored in the token table for the next launch
     5. wait()        the step's one synchronisation: tokens and logprobs to the host
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from engine.kv.kv_cache import KVCache
 from engine.models.ernie45 import Ernie45ForCausalLM
 from engine.runner.input_batch import InputBatch
+from engine.runner.prompt_logprobs import ScoredChunk, score_prompts
 from engine.sampling.sampler import Sampled, Sampler
 from engine.scheduler.batch import IntArray, ScheduledBatch, StepResult
 
@@ -34,6 +36,7 @@ class LaunchedStep:
     sampled: Sampled | None
     logits: Tensor | None
     done: torch.cuda.Event | None
+    scored: tuple[ScoredChunk, ...] = ()
 
     def wait(self) -> StepResult:
         """The result, after every kernel of the step has completed."""
@@ -46,7 +49,10 @@ class LaunchedStep:
             rows = self.sample_rows.tolist()
             logprobs = {rows[index]: found for index, found in self.sampled.read_logprobs().items()}
         logits = self.logits.cpu().numpy() if self.logits is not None else None
-        return StepResult(step=self.step, token_ids=token_ids, logprobs=logprobs, logits=logits)
+        prompt_logprobs = {chunk.score.index: chunk.read() for chunk in self.scored}
+        return StepResult(
+            step=self.step, token_ids=token_ids, logprobs=logprobs, logits=logits, prompt_logprobs=prompt_logprobs
+        )
 
 
 class ModelRunner:
@@ -89,6 +95,7 @@ class ModelRunner:
         for start in batch.starts:
             self._sampler.start_row(start)
         hidden_TD = self.model.hidden(inputs.forward, self.kv)
+        scored = score_prompts(batch, hidden_TD, self._inputs.token_table, self.model) if batch.scores else ()
         sampled: Sampled | None = None
         logits_SV: Tensor | None = None
         num_sampled = len(inputs.sample_rows)
@@ -107,4 +114,5 @@ class ModelRunner:
             sampled=sampled,
             logits=logits_SV if self._capture_logits else None,
             done=done,
+            scored=scored,
         )

@@ -26,6 +26,8 @@ class RowTable:
         self.has_min_p: BoolArray = np.zeros(max_num_rows, dtype=np.bool_)
         self.has_penalties: BoolArray = np.zeros(max_num_rows, dtype=np.bool_)
         self.has_bias: BoolArray = np.zeros(max_num_rows, dtype=np.bool_)
+        self.has_allowed: BoolArray = np.zeros(max_num_rows, dtype=np.bool_)
+        self.has_bad_words: BoolArray = np.zeros(max_num_rows, dtype=np.bool_)
         self.has_min_tokens: BoolArray = np.zeros(max_num_rows, dtype=np.bool_)
         self.num_logprobs: IntArray = np.full(max_num_rows, -1, dtype=np.int32)
         self._numbers = torch.zeros((max_num_rows, len(_NUMBERS)), dtype=torch.float64, device=device)
@@ -40,6 +42,8 @@ class RowTable:
         self.has_min_p[row] = not params.greedy and params.min_p > 0.0
         self.has_penalties[row] = params.uses_penalties
         self.has_bias[row] = bool(params.logit_bias)
+        self.has_allowed[row] = bool(params.allowed_token_ids)
+        self.has_bad_words[row] = bool(params.bad_token_sequences)
         self.has_min_tokens[row] = params.min_tokens > 0
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         numbers = (

@@ -2,7 +2,7 @@
 
     raw logits [R, V]
       1. NaN and infinities made harmless
-      2. penalties, logit_bias, bans before min_tokens   (rows that have them)
+      2. penalties, logit_bias, allowed tokens, bad words, bans before min_tokens   (rows that have them)
       3. argmax                                          (rows without noise)
          or exact weights -> top_k, top_p, min_p -> inverse CDF at ONE uniform per token, in the vocabulary's order
       4. output counts, logprobs                         (rows that have them)
@@ -25,6 +25,7 @@ from engine.sampling.filters import keep_min_p, keep_prefix
 from engine.sampling.logprobs import DeviceLogprobs, token_logprobs
 from engine.sampling.penalties import LogitEdits, TokenCounts, ban_edits, ban_width, bias_edits, bias_width
 from engine.sampling.philox import Purpose, uniform
+from engine.sampling.restrictions import AllowedTokens, BannedSequences
 from engine.sampling.row_table import BoolArray, RowTable
 from engine.scheduler.batch import IntArray, RowStart, TokenLogprobs
 
@@ -63,6 +64,8 @@ class Sampler:
         self._counts: TokenCounts | None = None
         self._bias: LogitEdits | None = None
         self._bans: LogitEdits | None = None
+        self._allowed: AllowedTokens | None = None
+        self._bad: BannedSequences | None = None
 
     def start_row(self, start: RowStart) -> None:
         """Take over a row: parameters, and the state that its tokens so far imply (a first start or any later one)."""
@@ -76,6 +79,14 @@ class Sampler:
             if self._bias is None:
                 self._bias = LogitEdits(self._max_num_rows, bias_width(), self._device)
             self._bias.set_row(start.row, bias_edits(params, self._vocab_size))
+        if params.allowed_token_ids:
+            if self._allowed is None:
+                self._allowed = AllowedTokens(self._max_num_rows, self._vocab_size, self._device)
+            self._allowed.set_row(start)
+        if params.bad_token_sequences:
+            if self._bad is None:
+                self._bad = BannedSequences(self._max_num_rows, self._vocab_size, self._device)
+            self._bad.restore(start)
         if params.min_tokens:
             if self._bans is None:
                 self._bans = LogitEdits(self._max_num_rows, ban_width(self._eos_token_ids), self._device)
@@ -97,6 +108,8 @@ class Sampler:
         counted = self._subset(self._table.has_penalties, rows)
         if counted is not None and self._counts is not None:
             self._counts.add(counted.take(device_rows), counted.take(token_ids))
+        if self._bad is not None and (watched := self._subset(self._table.has_bad_words, rows)) is not None:
+            self._bad.add(watched.take(device_rows), watched.take(token_ids))
         return Sampled(token_ids=token_ids, logprobs=self._logprobs(logits, rows, token_ids))
 
     def _noise(self, rows: IntArray, device_rows: Tensor, positions: Tensor) -> Tensor:
@@ -107,7 +120,7 @@ class Sampler:
         return uniform(seed, positions, choice, Purpose.TOKEN)
 
     def _choose(self, logits: Tensor, rows: IntArray, device_rows: Tensor, positions: Tensor, noise: Tensor) -> Tensor:
-        adjusted = self._adjust(_finite_or_impossible(logits), rows, device_rows, positions)
+        adjusted = self._adjust(finite_or_impossible(logits), rows, device_rows, positions)
         random = self._subset(self._table.is_random, rows)
         if random is None:
             return first_argmax(adjusted)
@@ -115,7 +128,7 @@ class Sampler:
         return drawn if random.is_everything else random.put(first_argmax(adjusted), drawn)
 
     def _adjust(self, logits: Tensor, rows: IntArray, device_rows: Tensor, positions: Tensor) -> Tensor:
-        """Penalties, bias and bans, in this order. `logits` is ours to change."""
+        """Penalties, bias, restrictions and bans, in this order. `logits` is ours to change."""
         table = self._table
         chosen = self._subset(table.has_penalties, rows)
         if chosen is not None and self._counts is not None:
@@ -125,6 +138,10 @@ class Sampler:
         chosen = self._subset(table.has_bias, rows)
         if chosen is not None and self._bias is not None:
             logits = chosen.put(logits, self._bias.apply(chosen.take(logits), chosen.take(device_rows)))
+        if self._allowed is not None and (chosen := self._subset(table.has_allowed, rows)) is not None:
+            logits = chosen.put(logits, self._allowed.apply(chosen.take(logits), chosen.take(device_rows)))
+        if self._bad is not None and (chosen := self._subset(table.has_bad_words, rows)) is not None:
+            logits = chosen.put(logits, self._bad.apply(chosen.take(logits), chosen.take(device_rows)))
         chosen = self._subset(table.has_min_tokens, rows)
         if chosen is not None and self._bans is not None:
             slots = chosen.take(device_rows)
@@ -155,7 +172,7 @@ class Sampler:
         if chosen is None:
             return None
         raw, tokens = chosen.take(logits), chosen.take(token_ids)
-        parts = [token_logprobs(_finite_or_impossible(raw[part]), tokens[part]) for part in self._parts(len(tokens))]
+        parts = [token_logprobs(finite_or_impossible(raw[part]), tokens[part]) for part in self._parts(len(tokens))]
         of_chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return DeviceLogprobs(
             batch_index=tuple(chosen.on_host.tolist()),
@@ -198,6 +215,6 @@ class _Subset:
         return values if self.is_everything else x.index_copy_(0, self.on_device, values)
 
 
-def _finite_or_impossible(logits: Tensor) -> Tensor:
+def finite_or_impossible(logits: Tensor) -> Tensor:
     """A copy in which NaN is -inf and +inf the largest float."""
     return torch.nan_to_num(logits, nan=-torch.inf, neginf=-torch.inf)

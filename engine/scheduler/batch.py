@@ -11,7 +11,7 @@ per-row state on the device (token table, block table, penalties); a batch carri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -48,10 +48,24 @@ class NewBlocks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptScore:
+    """Query tokens of a prefill chunk whose next prompt tokens' logprobs are wanted.
+
+    `index` is the row's in the batch; logprobs of prompt tokens [first_position, first_position + count), each from
+    the query token before it; `num_top` alternatives.
+    """
+
+    index: int
+    first_position: int
+    count: int
+    num_top: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduledBatch:
     """One step. Arrays have one entry per scheduled row, decode rows (query_len 1) first.
 
-    rows, query_lens, num_computed: int32 [R]; samples: bool [R].
+    rows, query_lens, num_computed: int32 [R]; samples: bool [R]. `scores`: prompt logprobs that requests asked for.
     """
 
     step: int
@@ -62,6 +76,7 @@ class ScheduledBatch:
     num_computed: IntArray
     samples: npt.NDArray[np.bool_]
     num_decode_rows: int
+    scores: tuple[PromptScore, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +97,7 @@ class TokenLogprobs:
 class StepResult:
     """What a step sampled. `token_ids` int32 [R], -1 where nothing was sampled; `logprobs` by index into the batch.
 
+    `prompt_logprobs`, by index into the batch too, has one entry for each count of the batch's `scores`.
     `logits` float32 [R_sampled, V] in batch order is filled only by runners built to capture it (tests).
     """
 
@@ -89,6 +105,7 @@ class StepResult:
     token_ids: IntArray
     logprobs: dict[int, TokenLogprobs]
     logits: npt.NDArray[np.float32] | None = None
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 class StepHandle(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.scheduler.batch import NewBlocks, RowStart, ScheduledBatch
+from engine.scheduler.batch import NewBlocks, PromptScore, RowStart, ScheduledBatch
 from engine.scheduler.request_state import Entry, LaunchedStep, Request, Seat, ServedCall
 from engine.scheduler.step_cost import StepCost
 
@@ -20,6 +20,7 @@ class BatchBuilder:
         self._decode: list[Entry] = []
         self._prefill: list[Entry] = []
         self._rows: set[int] = set()
+        self._has_scores = False
 
     @property
     def num_tokens_left(self) -> int:
@@ -60,10 +61,19 @@ class BatchBuilder:
             return num_fitting if is_first else 0
         return num_fitting - (num_computed + num_fitting) % self._block_size
 
-    def add_chunk(self, owner: Request | ServedCall, seat: Seat, query_len: int, *, samples: bool) -> None:
+    def add_chunk(
+        self,
+        owner: Request | ServedCall,
+        seat: Seat,
+        query_len: int,
+        *,
+        samples: bool,
+        scores: range | None = None,
+    ) -> None:
         """A prefill chunk of `query_len` tokens (from `chunk_len`)."""
-        self._add(self._prefill, Entry(owner=owner, seat=seat, query_len=query_len, samples=samples))
+        self._add(self._prefill, Entry(owner=owner, seat=seat, query_len=query_len, samples=samples, scores=scores))
         seat.num_sampling += int(samples)
+        self._has_scores = self._has_scores or scores is not None
 
     def _add(self, group: list[Entry], entry: Entry) -> None:
         assert not entry.seat.closed, f"row {entry.seat.row} is scheduled after it was given up"
@@ -87,6 +97,7 @@ class BatchBuilder:
             num_computed=np.array([entry.seat.num_computed for entry in entries], dtype=np.int32),
             samples=np.array([entry.samples for entry in entries], dtype=np.bool_),
             num_decode_rows=len(self._decode),
+            scores=_scores(entries) if self._has_scores else (),
         )
         for entry in entries:
             entry.seat.num_computed += entry.query_len
@@ -110,3 +121,15 @@ class BatchBuilder:
                 news.append(NewBlocks(row=seat.row, first=seat.num_told_blocks, block_ids=told))
                 seat.num_told_blocks = len(seat.block_ids)
         return tuple(news)
+
+
+def _scores(entries: list[Entry]) -> tuple[PromptScore, ...]:
+    scores = []
+    for index, entry in enumerate(entries):
+        if entry.scores is not None and isinstance(entry.owner, Request):
+            num_top = entry.owner.params.prompt_logprobs
+            assert num_top is not None, "only requests that ask for prompt logprobs are scored"
+            scores.append(
+                PromptScore(index=index, first_position=entry.scores.start, count=len(entry.scores), num_top=num_top)
+            )
+    return tuple(scores)

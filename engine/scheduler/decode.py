@@ -1,4 +1,5 @@
-"""Decode rows: one query token each, a new block when one is full, preemption (newest first) when none is free."""
+"""Decode rows: one query token each, a new block when one is full, preemption (the last in order: least
+urgent, then newest) when none is free."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from engine.scheduler.request_state import Request, Seat
 
 
 def schedule_decode(book: RequestBook, builder: BatchBuilder) -> None:
-    """Add every running request that stands one token before its end, oldest first."""
-    for request in book.oldest_first():
+    """Add every running request that stands one token before its end, in order."""
+    for request in book.in_order():
         seat = request.seat
         if seat is None or not request.wants_compute:  # preempted just now by an older one; or at its length stop
             continue
@@ -21,14 +22,14 @@ def schedule_decode(book: RequestBook, builder: BatchBuilder) -> None:
 
 
 def grow(book: RequestBook, request: Request, seat: Seat) -> bool:
-    """Give the next position a block if it has none, preempting newer requests. False: not in this step."""
+    """Give the next position a block if it has none, preempting requests behind it. False: not in this step."""
     blocks = book.seats.blocks
     if seat.num_computed < len(seat.block_ids) * blocks.block_size:
         return True
     while blocks.num_free == 0:
         if book.seats.num_closing:
             return False  # blocks come back when the step in flight lands: preempting more would be rash
-        victim = next(book.newest_first())
+        victim = book.last_in_order()
         book.preempt(victim)
         if victim is request:
             return False

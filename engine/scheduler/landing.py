@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.kv.block_manager import BlockState
-from engine.messages import NewTokens
+from engine.messages import NewTokens, PromptLogprobs
 from engine.request import FinishReason
-from engine.scheduler.batch import Runner, StepResult
+from engine.scheduler.batch import Runner, StepResult, TokenLogprobs
 from engine.scheduler.request_book import RequestBook
 from engine.scheduler.request_state import Entry, LaunchedStep, Request, ServedCall
 from engine.scheduler.served import ServedCalls, ServeNews
@@ -25,7 +25,7 @@ class Landed:
     step: int
     num_tokens: int
     tokens: list[NewTokens] = field(default_factory=list)
-    replies: list[ServeNews] = field(default_factory=list)
+    replies: list[ServeNews | PromptLogprobs] = field(default_factory=list)
 
 
 def land_step(
@@ -44,6 +44,8 @@ def land_step(
         elif entry.samples:
             entry.seat.num_sampling -= 1
             landed.tokens.append(_land_token(entry.owner, i, result, book))
+        if entry.scores is not None:
+            landed.replies.append(_land_scores(entry, result.prompt_logprobs[i]))
     book.seats.landed(result.step)
     return landed
 
@@ -66,6 +68,15 @@ def commit_complete_blocks(entries: list[Entry], book: RequestBook, runner: Runn
     checksums = runner.checksum_blocks(np.array([block_id for block_id, _ in complete], dtype=np.int32))
     for (block_id, key), checksum in zip(complete, checksums, strict=True):
         blocks.commit(block_id, key, checksum)
+
+
+def _land_scores(entry: Entry, logprobs: tuple[TokenLogprobs, ...]) -> PromptLogprobs:
+    """Logprobs of some prompt tokens, told once each, in order."""
+    request, scores = entry.owner, entry.scores
+    assert isinstance(request, Request) and scores is not None and len(logprobs) == len(scores), "as scheduled"
+    assert scores.start == request.num_scored + 1, f"{request.request_id}: prompt logprobs come in order"
+    request.num_scored += len(scores)
+    return PromptLogprobs(request_id=request.request_id, first_position=scores.start, logprobs=logprobs)
 
 
 def _land_token(request: Request, index: int, result: StepResult, book: RequestBook) -> NewTokens:

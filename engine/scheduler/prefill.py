@@ -9,10 +9,17 @@ from engine.scheduler.request_book import RequestBook
 from engine.scheduler.request_state import Request, Seat
 from engine.scheduler.seats import Seats
 
+# Prompt logprobs come from the LM head for every position: bounds what one step adds, holds and reports of them.
+MAX_SCORED_PER_STEP = 256
 
-def usable_match(seats: Seats, chain: HashChain, tokens: IntArray) -> list[int]:
-    """Cached blocks of a request's prefix, capped so that its last token never writes into a shared block."""
-    cap = (len(tokens) - 1) // seats.blocks.block_size
+
+def usable_match(seats: Seats, chain: HashChain, tokens: IntArray, num_usable: int | None = None) -> list[int]:
+    """Cached blocks of a request's prefix, capped so that its last token never writes into a shared block.
+
+    `num_usable`: only the first so many tokens may come from the cache; the others' logits are wanted.
+    """
+    at_most = len(tokens) - 1 if num_usable is None else min(num_usable, len(tokens) - 1)
+    cap = at_most // seats.blocks.block_size
     return seats.blocks.match(chain.hash_blocks(tokens)[:cap])
 
 
@@ -20,7 +27,7 @@ def open_seat(book: RequestBook, request: Request) -> Seat | None:
     """A seat with blocks for all known tokens (whole, so that no two half-admitted ones wait for each other)."""
     seats = book.seats
     tokens = request.tokens()
-    matched = usable_match(seats, request.chain, tokens)
+    matched = usable_match(seats, request.chain, tokens, request.num_scored if request.num_to_score > 0 else None)
     num_new = -(-len(tokens) // seats.blocks.block_size) - len(matched)
     if not seats.num_free_rows(served=False) or not seats.blocks.can_take(matched, num_new + book.headroom):
         return None
@@ -30,8 +37,8 @@ def open_seat(book: RequestBook, request: Request) -> Seat | None:
 
 
 def schedule_running_prefills(book: RequestBook, builder: BatchBuilder, *, only_pulled: bool = False) -> None:
-    """Continue prefills, oldest first. One token before its end a request is a decode row, or waits for a block."""
-    for request in book.oldest_first():
+    """Continue prefills, in order. One token before its end a request is a decode row, or waits for a block."""
+    for request in book.in_order():
         seat = request.seat
         assert seat is not None, f"{request.request_id} runs without a seat"
         if builder.has(seat) or request.num_tokens - seat.num_computed < 2 or (only_pulled and not request.pulled):
@@ -47,6 +54,7 @@ def admit_waiting(book: RequestBook, builder: BatchBuilder) -> None:
         if seat is None:
             return
         book.waiting.popleft()
+        book.note_admitted(request)
         request.seat = seat
         request.preempted = False
         book.running[request.request_id] = request
@@ -56,10 +64,22 @@ def admit_waiting(book: RequestBook, builder: BatchBuilder) -> None:
 
 def add_chunk(request: Request, seat: Seat, builder: BatchBuilder) -> bool:
     """Schedule the next chunk; False if nothing fits into this step any more."""
-    end = request.num_tokens
-    query_len = builder.chunk_len(seat.num_computed, end)
+    end, first = request.num_tokens, seat.num_computed
+    is_scored = request.num_to_score > 0
+    query_len = builder.chunk_len(first, min(end, first + MAX_SCORED_PER_STEP) if is_scored else end)
     if query_len == 0:
         return False
-    builder.add_chunk(request, seat, query_len, samples=seat.num_computed + query_len == end)
+    scores = _scored_positions(request, first, query_len) if is_scored else None
+    builder.add_chunk(request, seat, query_len, samples=first + query_len == end, scores=scores)
     request.pulled = False
     return True
+
+
+def _scored_positions(request: Request, first: int, query_len: int) -> range | None:
+    """Prompt positions that the query tokens [first, first + query_len) predict and that were not told before.
+
+    What an earlier chunk in flight scores lies before `first`.
+    """
+    start = max(first, request.num_scored) + 1
+    end = min(first + query_len + 1, len(request.prompt))
+    return range(start, end) if start < end else None

@@ -29,7 +29,7 @@ class Pulls:
         return len(self._quarantined)
 
     def reserve(self, command: Reserve) -> Reserved | NoSpace:
-        """Allocate everything or nothing. Preempted requests that wait for blocks go first."""
+        """Allocate everything or nothing. Those that wait for blocks after a preemption, or by priority, go first."""
         request_id = command.add.request_id
         if request_id in self._quarantined:
             return NoSpace(request_id=request_id)
@@ -37,13 +37,14 @@ class Pulls:
             request = self._book.parse(command.add)
         except RequestRefusedError:
             return NoSpace(request_id=request_id, never=True)
-        if not request.wants_compute:
+        if not request.wants_compute or request.num_to_score > 0:  # prompt logprobs need every position computed here
             return NoSpace(request_id=request_id, never=True)
-        if any(waiting.preempted for waiting in self._book.waiting):
+        if self._book.must_wait(request):
             return NoSpace(request_id=request_id)
         seat = open_seat(self._book, request)
         if seat is None:
             return NoSpace(request_id=request_id)
+        self._book.note_admitted(request)
         request.seat = seat
         self._book.pulling[request_id] = request
         return Reserved(

@@ -8,12 +8,17 @@ running  seat, steps      admitted, or PullClosed
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from operator import attrgetter
 
 from engine.kv.prefix_cache import HashChain, root_key
 from engine.messages import Add
 from engine.scheduler.request_state import Counters, ModelLimits, Request, parse_tokens
 from engine.scheduler.seats import Seats
+
+# a request is admitted at the latest when so many later arrivals of better priority were: nobody starves
+MAX_OVERTAKEN = 64
+_BY_ORDER = attrgetter("order")
+_BY_ARRIVAL = attrgetter("arrival")
 
 
 class RequestRefusedError(ValueError):
@@ -25,16 +30,17 @@ class RequestRefusedError(ValueError):
 
 
 class RequestBook:
-    """The queues. `running` is in order of arrival (dict: id -> request); the newest is preempted first."""
+    """The queues. Everything goes by (priority, arrival); the last in that order is preempted first."""
 
     def __init__(self, limits: ModelLimits, seats: Seats, counters: Counters) -> None:
         self.limits = limits
         self.seats = seats
         self.counters = counters
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Request] = deque()  # in the order of admission
         self.pulling: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
         self._num_arrivals = 0
+        self._has_priorities = False  # any request so far had one
 
     def __contains__(self, request_id: str) -> bool:
         return self.find(request_id) is not None
@@ -68,6 +74,7 @@ class RequestBook:
         params = add.params
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.limits.eos_token_ids))
         self._num_arrivals += 1
+        self._has_priorities = self._has_priorities or add.priority != 0
         return Request(
             request_id=add.request_id,
             prompt=prompt,
@@ -79,15 +86,39 @@ class RequestBook:
             max_outputs=min(room_context, room_pool, room_context if max_tokens is None else max_tokens),
             chain=self.chain(add.cache_salt),
             arrival=self._num_arrivals,
+            priority=add.priority,
         )
 
-    def newest_first(self) -> Iterator[Request]:
-        """Running requests, newest arrival first: the order of preemption."""
-        return iter(sorted(self.running.values(), key=lambda request: -request.arrival))
+    def in_order(self) -> list[Request]:
+        """Running requests in the order of scheduling: priority, then arrival."""
+        return sorted(self.running.values(), key=_BY_ORDER if self._has_priorities else _BY_ARRIVAL)
 
-    def oldest_first(self) -> list[Request]:
-        """Running requests, oldest arrival first: the order of scheduling."""
-        return sorted(self.running.values(), key=lambda request: request.arrival)
+    def last_in_order(self) -> Request:
+        """The running request that is preempted first."""
+        return max(self.running.values(), key=_BY_ORDER)
+
+    def enqueue(self, request: Request) -> None:
+        """Let a request wait, at its place in the order of admission (most often the end)."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].queue_order > request.queue_order:
+            place -= 1
+        self.waiting.insert(place, request)
+
+    def note_admitted(self, request: Request) -> None:
+        """Count whom this admission has overtaken; whoever that happens to too often goes first from now on."""
+        if not self._has_priorities:
+            return
+        passed = [one for one in self.waiting if one.arrival < request.arrival and not one.urgent]
+        for one in passed:
+            one.num_overtaken += 1
+            if one.num_overtaken >= MAX_OVERTAKEN:
+                one.urgent = True
+                self.waiting.remove(one)
+                self.enqueue(one)
+
+    def must_wait(self, request: Request) -> bool:
+        """Whether a request that waits has a better right to free blocks than one that asks for some now."""
+        return any(one.preempted or one.urgent or one.priority < request.priority for one in self.waiting)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's seat; its landed outputs stay, what is in flight is dropped and sampled again."""
@@ -97,7 +128,7 @@ class RequestBook:
         request.seat = None
         request.preempted = True
         request.pulled = False
-        self.waiting.appendleft(request)
+        self.enqueue(request)
         self.counters.num_preemptions += 1
 
     def remove(self, request: Request) -> None:

@@ -68,6 +68,10 @@ class Request:
     seat: Seat | None = None
     preempted: bool = False
     pulled: bool = False  # its first step after a pull is still to come
+    priority: int = 0  # lower is sooner
+    num_overtaken: int = 0  # later arrivals that were admitted before it
+    urgent: bool = False  # overtaken so often that it goes before everything that is not
+    num_scored: int = 0  # prompt tokens after the first whose logprobs have been told
     num_cached_tokens: int = -1  # prefix hit of the first admission; -1: not admitted yet
 
     @property
@@ -84,6 +88,21 @@ class Request:
     def wants_compute(self) -> bool:
         """Whether a further step can produce something it still may produce."""
         return self.num_scheduled_tokens - len(self.prompt) < self.max_outputs
+
+    @property
+    def order(self) -> tuple[bool, int, int]:
+        """Sorts requests: those that go first are first."""
+        return (not self.urgent, self.priority, self.arrival)
+
+    @property
+    def queue_order(self) -> tuple[bool, int, bool, int]:
+        """Sorts waiting requests: among equals, those that lost a seat come before those that never had one."""
+        return (not self.urgent, self.priority, not self.preempted, self.arrival)
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens whose logprobs are still wanted."""
+        return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1 - self.num_scored
 
     def tokens(self) -> IntArray:
         """int32 [num_tokens]: prompt, then landed outputs."""
@@ -162,6 +181,7 @@ class Entry:
     seat: Seat
     query_len: int
     samples: bool
+    scores: range | None = None  # prompt positions whose logprobs this step computes
 
 
 @dataclass(slots=True, kw_only=True)

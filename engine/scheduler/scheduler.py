@@ -95,7 +95,7 @@ class Scheduler:
             return [ended(command.request_id, FinishReason.ABORT, len(command.outputs) // 4, refusal.code)]
         if not request.wants_compute:
             return [ended(command.request_id, FinishReason.LENGTH, len(request.outputs))]
-        self._book.waiting.append(request)
+        self._book.enqueue(request)
         return []
 
     def probe(self, command: Probe) -> Probed:

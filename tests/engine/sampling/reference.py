@@ -13,7 +13,7 @@ Row = npt.NDArray[np.float64]
 def adjusted_logits(
     logits: Row, params: SamplingParams, prompt: tuple[int, ...], outputs: tuple[int, ...], eos: tuple[int, ...]
 ) -> Row:
-    """Penalties, logit_bias, bans before min_tokens."""
+    """Penalties, logit_bias, allowed tokens, bad words, bans before min_tokens."""
     x = logits.copy()
     for token in set(prompt) | set(outputs):
         x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
@@ -22,6 +22,11 @@ def adjusted_logits(
     for token, bias in params.logit_bias.items():
         if token < x.size:
             x[token] += bias
+    if params.allowed_token_ids:
+        x[[token for token in range(x.size) if token not in params.allowed_token_ids]] = -np.inf
+    for *before, last in params.bad_token_sequences:
+        if tuple(before) == outputs[len(outputs) - len(before) :] and max(*before, last, 0) < x.size:
+            x[last] = -np.inf
     if len(outputs) < params.min_tokens:
         for token in (*params.stop_token_ids, *(() if params.ignore_eos else eos)):
             if token < x.size:
@@ -31,7 +36,10 @@ def adjusted_logits(
 
 def probabilities(adjusted: Row, params: SamplingParams) -> Row:
     """Temperature, top_k, top_p, min_p; equal probabilities rank by id."""
-    weights: Row = np.asarray(np.exp((adjusted - adjusted.max()) / params.temperature), dtype=np.float64)
+    top = adjusted.max()
+    if top == -np.inf:  # nothing is left: token 0
+        return np.eye(1, adjusted.size)[0]
+    weights: Row = np.asarray(np.exp((adjusted - top) / params.temperature), dtype=np.float64)
     order = np.argsort(-weights, kind="stable")
     if params.top_k > 0:
         weights[order[params.top_k :]] = 0.0

@@ -46,6 +46,8 @@ def params_strategy(draw: st.DrawFn) -> SamplingParams:
         "min_tokens": draw(st.sampled_from([0, 3])),
         "stop_token_ids": draw(st.lists(st.integers(0, 4000), max_size=3)),
         "ignore_eos": draw(st.booleans()),
+        "allowed_token_ids": draw(st.sampled_from([(), (), (), (3,), tuple(range(1, 4000, 2)), (5000,)])),
+        "bad_token_sequences": draw(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=3), max_size=4)),
     }
     return SamplingParams(max_tokens=None, **values)
 

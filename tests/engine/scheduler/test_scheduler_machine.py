@@ -7,8 +7,9 @@ still own), serves, aborts. After every step it looks at every cached block's by
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -18,52 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import engine.messages as m
 from engine.config import EngineConfig
-from engine.fake_engine import ArrayMemory, FakeConfig, FakeModel, FakeRunner, build_fake_engine, spread
+from engine.fake_engine import ArrayMemory, FakeConfig, FakeRunner, build_fake_engine
 from engine.kv.block_manager import BlockState
 from engine.kv.prefix_cache import HashChain, root_key
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.step_cost import StepCost
-
-BLOCK = 16
-MODEL = FakeModel(stop_probability=0.02)
-BASES = [[3 + (i * i + 7 * k * i) % 200 for i in range(130)] for k in (1, 2)]
-
-
-def tokens_bytes(tokens: list[int]) -> bytes:
-    return np.array(tokens, dtype="<i4").tobytes()
-
-
-def kv_of(tokens: list[int]) -> np.ndarray:
-    """uint8 [n, 2, 8]: the KV bytes of a sequence, position by position."""
-    return spread(MODEL.chain(MODEL.root, tokens, 0), 2).view(np.uint8).reshape(len(tokens), 2, 8)
-
-
-@dataclass
-class Expected:
-    """One request as its client sees it."""
-
-    prompt: list[int]
-    text: list[int]
-    got: list[int]
-    ended: bool = False
-    pull_blocks: list[int] = field(default_factory=list)  # the block table while a pull is open
-    landed: set[int] = field(default_factory=set)  # indices matched or committed
-
-    def open_blocks(self) -> list[int]:
-        """Indices that a copy may still write."""
-        return [i for i in range(len(self.pull_blocks)) if i not in self.landed]
-
-
-@dataclass
-class Call:
-    """One served call as its peer sees it."""
-
-    kv: np.ndarray
-    start: int
-    end: int = -1
-    next_block: int = 0
-    pieces: list[m.ServedPiece] = field(default_factory=list)
-    done: bool = False
+from tests.engine.scheduler.expected import BASES, BLOCK, MODEL, Call, Expected, kv_of, tokens_bytes
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -109,19 +70,27 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    def new_request(self, base: int, length: int, num_outputs: int, limit: int, temperature: float) -> m.Add:
+    def new_request(
+        self, base: int, length: int, num_outputs: int, limit: int, temperature: float, num_scores: int | None
+    ) -> m.Add:
         self.num_ids += 1
         prompt = BASES[base][:length]
         seed = self.num_ids % 3
         params = SamplingParams(
-            temperature=temperature, max_tokens=limit, min_tokens=min(limit, 2), ignore_eos=base == 0
+            temperature=temperature,
+            max_tokens=limit,
+            min_tokens=min(limit, 2),
+            ignore_eos=base == 0,
+            prompt_logprobs=num_scores,
         )
         room = min(limit, 160 - length, self.scheduler.blocks.num_usable * BLOCK - length + 1)
         text = MODEL.oracle(prompt, params, seed=seed, num_tokens=max(room, 1))
         got = text[: min(num_outputs, len(text) - 1)]
         self.learn(prompt + text)
         request_id = f"r{self.num_ids}"
-        self.reserving[request_id] = Expected(prompt=prompt, text=text, got=list(got))
+        self.reserving[request_id] = Expected(
+            prompt=prompt, text=text, got=list(got), wants_scores=num_scores is not None
+        )
         return m.Add(
             request_id=request_id,
             prompt=tokens_bytes(prompt),
@@ -143,9 +112,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         limit=st.one_of(st.integers(1, 50), st.integers(60, 100)),
         temperature=st.sampled_from([0.0, 1.0]),
         pull=st.booleans(),
+        num_scores=st.sampled_from([None, None, None, 0, 2]),
+        priority=st.sampled_from([0, 0, 0, -1, 7]),
     )
-    def ask(self, base: int, length: int, num_outputs: int, limit: int, temperature: float, pull: bool) -> None:
-        add = self.new_request(base, length, num_outputs, limit, temperature)
+    def ask(self, *, pull: bool, priority: int, **values: Any) -> None:
+        add = msgspec.structs.replace(self.new_request(**values), priority=priority)
         if pull:
             self.core.submit(m.Reserve(add=add))
         else:
@@ -273,17 +244,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_pool()
 
     def see(self, events: m.StepEvents) -> None:
-        for message in events.tokens:
-            self.see_tokens(message)
         for reply in events.replies:
             if isinstance(reply, m.Reserved):
                 self.see_reserved(reply)
             elif isinstance(reply, m.NoSpace):
                 self.reserving.pop(reply.request_id, None)
+            elif isinstance(reply, m.PromptLogprobs):
+                self.requests[reply.request_id].take_scores(reply)
             elif isinstance(reply, m.ServeBusy):
                 self.calls.pop(reply.call_id, None)
             elif not isinstance(reply, m.Probed) and reply.call_id in self.calls:
                 self.see_served(reply, self.calls[reply.call_id])
+        for message in events.tokens:
+            self.see_tokens(message)
 
     def see_tokens(self, message: m.NewTokens) -> None:
         expected = self.requests[message.request_id]
@@ -296,6 +269,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             expected.ended = True
             return
         assert expected.got == expected.text[: len(expected.got)], f"{message.request_id}: the KV was not its own"
+        assert not expected.wants_scores or len(expected.scores) == len(expected.prompt) - 1
         expected.ended = message.finish_reason is not None
         assert expected.ended == (len(expected.got) == len(expected.text))
         if message.finish_reason is FinishReason.STOP:
