@@ -13,27 +13,26 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import sleep
 
 import msgspec
 
 from cluster.spec import FakeSpec
+from cluster.worker.fake import fake_config
 from cluster.worker.lifeline import die_with_parent, watch_pipe
 from cluster.worker.rank_rings import RankEnd, RankSpec
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.fake_engine import FakeConfig, FakeModel, build_fake_engine
+from engine.fake_engine import build_fake_engine
 from engine.kv.memory import KVMemory
 from engine.messages import RankFailed, RankProgress, RankReady
-from engine.scheduler.step_cost import StepCost
 
 _log = logging.getLogger(__name__)
 EVENT_TIMEOUT_S = 60.0
 IDLE_POLL_S = 1.0
 STALLED_POLL_S = 0.002  # work, but nothing to schedule: only a command or time changes that
-_FAKE_SPECIAL_TOKENS = 3  # pad, bos, eos: never drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +42,6 @@ class RunningEngine:
     core: EngineCore
     memory: KVMemory | None
     ready: RankReady
-
-
-def fake_config(engine: EngineConfig, fake: FakeSpec) -> FakeConfig:
-    """The exact fake that a spec asks for. Its oracle is `.model`."""
-    return FakeConfig(
-        engine=replace(engine, max_model_len=fake.max_model_len, block_size=fake.block_size),
-        model=FakeModel(
-            vocab_size=fake.vocab_size,
-            vocabulary=range(_FAKE_SPECIAL_TOKENS, fake.vocab_size),
-            stop_probability=fake.stop_probability,
-        ),
-        speed=StepCost(fixed_ms=fake.fixed_ms, ms_per_token=fake.ms_per_token),
-        num_blocks=fake.num_blocks,
-    )
 
 
 def main(argument: str) -> int:
