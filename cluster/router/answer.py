@@ -1,7 +1,7 @@
 """Tokens of one choice become text: detokenised incrementally, cut at stop strings, with what the client asked beside.
 
-One Delta per arrival (a step's tokens of this choice), or none while there is nothing to show: half a character, or
-text that may turn out to be the beginning of a stop string.
+One Delta per token, also where the link brought several at once, or none while there is nothing to show: half a
+character, or text that may turn out to be the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.text.stop_strings import StopStrings
 from engine.text.tokenizer import Tokenizer
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Delta:
     """What one arrival adds to a choice. `tokens` pairs ids with logprobs, where logprobs were asked for."""
 
@@ -42,23 +42,40 @@ class ChoiceText:
         self._stops = StopStrings(self._stop) if self._stop else None
         self._tail = ""  # enough of the scanned text to say which stop string matched
 
+    def add_each(self, tokens: Tokens) -> list[Delta]:
+        """Take an arrival: a Delta for each token that has something to show, so that a client can count them."""
+        num_tokens = len(tokens.token_ids)
+        if num_tokens <= 1:
+            delta = self.add(tokens)
+            return [] if delta is None else [delta]
+        deltas: list[Delta] = []
+        for index in range(num_tokens):
+            delta = self._add(tokens, index, index + 1)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
     def add(self, tokens: Tokens) -> Delta | None:
         """Take an arrival. None: nothing to show yet, or the choice had ended before (a stop string overtook D)."""
+        return self._add(tokens, 0, len(tokens.token_ids))
+
+    def _add(self, tokens: Tokens, first: int, end: int) -> Delta | None:
+        """Take token_ids[first:end] of an arrival."""
         if self.finished:
             return None
         delta = Delta(choice=self.choice)
-        ends = tokens.finish_reason is not None
-        last = len(tokens.token_ids) - 1
-        for index, token_id in enumerate(tokens.token_ids):
+        is_end = tokens.finish_reason is not None and end == len(tokens.token_ids)
+        for index in range(first, end):
+            token_id = tokens.token_ids[index]
             self.num_tokens += 1
             # the token that stopped it counts, but is no text
-            if ends and index == last and token_id == tokens.stop_token:
+            if is_end and index == end - 1 and token_id == tokens.stop_token:
                 break
             if self._with_logprobs:
                 delta.tokens.append((token_id, tokens.logprobs[index]))
             if self._take(delta, self._detokenizer.push((token_id,))):
                 return delta
-        if tokens.finish_reason is not None:
+        if is_end and tokens.finish_reason is not None:
             self._end(delta, tokens.finish_reason, tokens.stop_token)
         return delta if delta.text or delta.tokens or delta.finish_reason else None
 

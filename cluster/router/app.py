@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NeapError, RequestError, UnavailableError
 from cluster.router import generate
@@ -36,6 +37,7 @@ def create_app(spec: RouterSpec, service: RouterService, dispatch_status: Callab
         openapi_url=None,
         redirect_slashes=False,
     )
+    app.add_middleware(_Generation, service=service)
     app.add_middleware(Guard, api_key=spec.api_key, metrics=service.metrics)
     _add_error_handlers(app, service)
     _add_generation(app, service)
@@ -69,6 +71,27 @@ def _add_error_handlers(app: FastAPI, service: RouterService) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         return respond(request, RequestError("invalid_value"), {})
+
+
+class _Generation:
+    """ASGI middleware: the two endpoints that everything is about, without the framework's 0.4 ms a request.
+
+    What it does not know (another method, another path) goes on to FastAPI, which also describes them in /openapi.json.
+    """
+
+    def __init__(self, app: ASGIApp, *, service: RouterService):
+        self._app = app
+        self._service = service
+        self._answers = {"/v1/chat/completions": generate.chat, "/v1/completions": generate.completion}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Raises NeapError, for the guard."""
+        answer = self._answers.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if answer is None:
+            await self._app(scope, receive, send)
+            return
+        response = await answer(Request(scope, receive), self._service)
+        await response(scope, receive, send)
 
 
 def _add_generation(app: FastAPI, service: RouterService) -> None:

@@ -18,7 +18,7 @@ from cluster.metrics import RouterMetrics
 from cluster.router.admission import Admission
 from cluster.router.answer import ChoiceText, Delta
 from cluster.router.effects import Deliver, Ended, Progress, Submit
-from cluster.router.inbox import Inbox
+from cluster.router.inbox import Arrival, Inbox
 from cluster.router.openai.answers import Usage
 from cluster.router.plan import Plan
 from cluster.types import Path
@@ -155,22 +155,26 @@ class Call:
 
         Check `gone` after it: then nobody is left to answer.
         """
+        return self._read(await self.inbox.take())
+
+    def take_now(self) -> list[Delta]:
+        """The same without waiting."""
+        return self._read(self.inbox.take_now())
+
+    def _read(self, arrivals: list[Arrival]) -> list[Delta]:
         deltas: list[Delta] = []
-        arrivals = await self.inbox.take()
         if self.gone:
-            return []
+            return deltas
         for prompt_index, item in arrivals:
             if isinstance(item, Deliver):
-                delta = self._add(prompt_index, item)
-                if delta is not None:
-                    deltas.append(delta)
+                deltas += self._add(prompt_index, item)
             elif item.code is not None or self._num_open[prompt_index]:
                 raise failure(item.code or "internal_error")
         if self._expired and not self.done:
             raise RequestError("deadline_exceeded")
         return deltas
 
-    def _add(self, prompt_index: int, item: Deliver) -> Delta | None:
+    def _add(self, prompt_index: int, item: Deliver) -> list[Delta]:
         tokens = item.tokens
         choice = self._choices[prompt_index * self.plan.params.n + tokens.choice]
         self._note_path(item.path or tokens.path)
@@ -179,14 +183,14 @@ class Call:
             self._context.metrics.cached_tokens.inc(tokens.num_cached_tokens)
         if tokens.finish_reason == "abort":
             raise failure("internal_error")
-        delta = choice.add(tokens)
-        if delta is not None and delta.finish_reason is not None:
-            self._context.metrics.finished.labels(delta.finish_reason).inc()
+        deltas = choice.add_each(tokens)
+        if deltas and (reason := deltas[-1].finish_reason) is not None:
+            self._context.metrics.finished.labels(reason).inc()
             self._num_open[prompt_index] -= 1
             if not self._num_open[prompt_index]:
                 # a stop string is seen only here; D would go on. If D ended it, this is ignored
                 self._context.cluster.cancel(self.plan.sub_id(prompt_index))
-        return delta
+        return deltas
 
     def _note_path(self, path: Path | None) -> None:
         if path is not None:

@@ -20,8 +20,9 @@ from cluster.router.openai.chat import ROLES, ChatRequest, parse_chat
 from cluster.router.openai.completions import CompletionRequest, parse_completion
 from cluster.router.openai.sampling import check_token_ids, sampling_params
 from cluster.router.plan import Plan, check_cost, make_plan, parse_timeout
-from cluster.router.respond import AnswerOptions, GenerationResponse
+from cluster.router.respond import GenerationResponse
 from cluster.router.service import RouterService
+from cluster.router.stream import AnswerOptions
 from engine.text.tokenizer import Tokenizer
 
 # a body above this is parsed off the event loop: 1 MiB of JSON takes some 10 ms

@@ -40,6 +40,7 @@ class Inbox:
         self._max_blocked_bytes = max_blocked_bytes
         self._on_overflow = on_overflow
         self._closed = False
+        self.listener: Callable[[], None] | None = None  # told in place of `take`, which nobody waits in then
 
     def put(self, prompt_index: int, item: Deliver | Ended) -> None:
         """Add an arrival. After `close`: dropped."""
@@ -56,7 +57,9 @@ class Inbox:
     def wake(self) -> None:
         """Let `take` return, also without arrivals (a timer, a client that left)."""
         self._woken = True
-        if self._waiter is not None and not self._waiter.done():
+        if self.listener is not None:
+            self.listener()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def take(self) -> list[Arrival]:
@@ -67,6 +70,10 @@ class Inbox:
                 await self._waiter
             finally:
                 self._waiter = None
+        return self.take_now()
+
+    def take_now(self) -> list[Arrival]:
+        """Everything that has arrived, which may be nothing."""
         self._woken = False
         items = list(self._items)
         self._items.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -10,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from cluster.errors import RequestError
 from cluster.router.guard import MAX_HEADER_BYTES, MAX_HEADERS
 from cluster.router.openai.errors import error_body
-from cluster.router.respond import ABORT
+from cluster.router.respond import ABORT, WRITER
 
 # the guard refuses what is over its bounds in good form; here is the wall for what never ends
 MAX_HEAD_BYTES = 2 * MAX_HEADER_BYTES
@@ -18,6 +19,32 @@ MAX_HEAD_FIELDS = 2 * MAX_HEADERS
 HEAD_TIMEOUT_S = 30.0
 MAX_DISCARDED_BYTES = 512 << 20
 STALL_S = 10.0
+
+
+class BodyWriter:
+    """Implements stream.ChunkWriter for one response: chunks straight to the transport, once uvicorn has sent the head.
+
+    What uvicorn's own `send` adds per part (tasks that wait, checks, dicts) costs more than the socket at one part per
+    token. The framing is the one that it chose in the head; its `send` still ends the body.
+    """
+
+    __slots__ = ("_cycle", "_protocol", "on_resume")
+
+    def __init__(self, protocol: BoundedHttpProtocol):
+        self._protocol = protocol
+        self._cycle = protocol.cycle
+        self.on_resume: Callable[[], None] | None = None
+
+    def write(self, body: bytes) -> bool:
+        """Write one part; False when the client should get no more for now."""
+        cycle, protocol = self._cycle, self._protocol
+        assert cycle.response_started and not cycle.response_complete, "parts come between a head and its end"
+        if not cycle.disconnected:
+            protocol.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if cycle.chunked_encoding else body)
+        if protocol.flow.write_paused:
+            protocol.blocked_writer = self
+            return False
+        return True
 
 
 class HeadTooLarge(Exception):
@@ -35,6 +62,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
+        self.blocked_writer: BodyWriter | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A head must follow within HEAD_TIMEOUT_S."""
@@ -81,6 +109,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
         super().on_headers_complete()
+        cast(dict[str, Any], self.scope)[WRITER] = BodyWriter(self)
+
+    def pause_writing(self) -> None:
+        """The client takes less than it is sent. It may be slow, but not stand still for STALL_S."""
+        super().pause_writing()
+        self._watch_stall(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """The client has taken what was kept for it."""
+        super().resume_writing()
+        self._watch_stall(0)
+        writer, self.blocked_writer = self.blocked_writer, None
+        if writer is not None and writer.on_resume is not None:
+            writer.on_resume()
 
     def on_body(self, body: bytes) -> None:
         """A body that was answered early (413) is read on and dropped, to a bound: else the client sees a reset."""

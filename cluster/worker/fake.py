@@ -1,4 +1,4 @@
-"""The exact fake that a spec asks for; apart from rank.py, so that its oracle can be had without an engine's imports."""
+"""The exact fake that a spec asks for; apart from rank.py, so that its oracle can be had without an engine."""
 
 from __future__ import annotations
 
