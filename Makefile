@@ -1,7 +1,7 @@
 # make serve    install into .venv, then start a local cluster (Ray, one prefill worker, one decode worker, the router)
 # make test     install, then run the tests (12 minutes at most); make test-long adds full counts and soaks
 # make check    format, lint, types, layers, sizes; .ci/run calls "make check test"
-# make proto    write the gRPC stubs anew from proto/; make bench runs the benchmark against a cluster of its own
+# make proto    write the gRPC stubs anew from proto/; make bench runs a load against a cluster of its own
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -60,4 +60,4 @@ proto: $(STAMP)
 	  --grpc_python_out=$(PROTO_OUT) $(PROTOS)
 
 bench: $(STAMP)
-	$(BIN)/python -m cluster.bench $(BENCH_ARGS)
+	$(BIN)/neap bench serve $(BENCH_ARGS)

@@ -13,6 +13,7 @@ import typer
 from cluster.cli import chat as chat_command
 from cluster.cli import serve as serve_command
 from cluster.cli import status as status_command
+from cluster.cli.bench import bench_app
 from cluster.cli.flags import flag_parameters
 from cluster.config import ConfigError, Sources, load_config
 from cluster.config.environment import api_key as key_from_environment
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app)
 _FLAGS = flag_parameters()
 
 Url = Annotated[str, typer.Option(help="Where the router listens.")]
