@@ -28,6 +28,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.engine import build_engine
 from engine.messages import Abort, Add, NewTokens
+from engine.models.hub import model_folder
 from engine.request import SEED_BITS, FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
 from engine.text.detokenizer import IncrementalDetokenizer
@@ -70,13 +71,15 @@ class RequestOutput:
 class LLM:
     """An engine with its tokenizer. Not thread-safe. Usable as a context manager; `close` frees its memory.
 
-    Without `model` a small random checkpoint is made under ~/.cache/neap: it answers noise, but everything works.
+    `model` is a checkpoint's folder or a Hugging Face id (`revision`: its branch, tag or commit); without it a small
+    random checkpoint is made under ~/.cache/neap: it answers noise, but everything works.
     `options` are the fields of EngineConfig (max_model_len, dtype, device, max_num_seqs, threads, kv_cache_bytes, ...).
     `seed` is where the seeds of requests without one come from. Raises ValueError for wrong options or checkpoints.
     """
 
-    def __init__(self, model: str | Path | None = None, *, seed: int = 0, **options: Any) -> None:
-        path = Path(model) if model is not None else default_checkpoint(Path.home() / ".cache" / "neap")
+    def __init__(self, model: str | Path | None = None, *, revision: str = "", seed: int = 0, **options: Any) -> None:
+        given = model_folder(str(model), revision=revision) if model is not None else None
+        path = given or default_checkpoint(Path.home() / ".cache" / "neap")
         known = {field.name for field in dataclasses.fields(EngineConfig)} - {"model"}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown option {unknown[0]!r}; the options are: {', '.join(sorted(known))}")

@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.serve import given_model
 from cluster.config.environment import cache_dir, child_environment
 from cluster.config.model import parse_size
 from engine.bench import workload
 from engine.bench.report import as_json, table
 from engine.bench.session import BenchError, EngineFigures, run_session
 from engine.bench.subject import SubjectSpec
+from engine.models.hub import model_folder
 
 _PEERS = ("transformers",)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ _WIDTH = 140  # where there is no terminal
 
 
 def engine(
-    model: Annotated[str, typer.Option(help="Checkpoint folder, shape:ernie-0.3b or shape:ernie-moe-mini.")],
+    model: Annotated[str, typer.Option(help="Folder, Hugging Face id, shape:ernie-0.3b or shape:ernie-moe-mini.")],
     vs: Annotated[str, typer.Option(help="Also measure this, in turns: transformers.")] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int, typer.Option(help="Of each engine; 0: all cores.", min=0)] = 0,
@@ -120,7 +120,7 @@ def _specs(
 
 def _folder(model: str) -> str:
     if not model.startswith(_SHAPE):
-        return given_model(model)
+        return str(model_folder(model))
     # not at the top: it takes torch, which no other command should wait for
     from engine.tiny.shapes import shape_checkpoint
 

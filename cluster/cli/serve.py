@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import shutil
 import signal
 import socket
-import sys
 import tempfile
+from collections.abc import Awaitable
 from pathlib import Path
 
-import engine
+from cluster.cli.model_source import checked_model, find_model
 from cluster.cli.screen import Screen, make_screen
 from cluster.config import ClusterConfig
-from cluster.config.environment import cache_dir, child_environment, prepare_ray
+from cluster.config.environment import prepare_ray
 from cluster.control.backend import Backend, LaunchError
 from cluster.control.controller import Controller
 from cluster.control.process_backend import ProcessBackend
 
 REDRAW_S = 0.2
-_MAKE_DEFAULT = (
-    "import sys, pathlib; from engine.tiny.random_checkpoint import default_checkpoint; "
-    "print(default_checkpoint(pathlib.Path(sys.argv[1])))"
-)
 
 
 def serve(config: ClusterConfig) -> int:
@@ -37,8 +32,7 @@ def serve(config: ClusterConfig) -> int:
     run_dir = Path(tempfile.mkdtemp(prefix="neap-"))
     try:
         check_port(config)
-        if config.model:
-            given_model(config.model)  # a wrong path is told before Ray starts
+        config = checked_model(config)  # a wrong path is told before Ray starts
         code = asyncio.run(_serve(config, run_dir, screen))
     except (LaunchError, OSError, ValueError) as error:
         screen.tell(f"stopped: {error}")
@@ -76,50 +70,6 @@ def make_backend(config: ClusterConfig, run_dir: Path) -> Backend:
     )
 
 
-def given_model(model: str) -> str:
-    """The folder's full path. Raises ValueError if there is no checkpoint."""
-    path = Path(model).expanduser().resolve()
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model: {path} is no checkpoint folder (it has no config.json)")
-    return str(path)
-
-
-async def find_model(config: ClusterConfig) -> str:
-    """The checkpoint folder; without one, a small random checkpoint is made in a process of its own (it needs torch).
-
-    That one is kept, in a folder named by the code that made it, so the next start need not ask it. Raises ValueError.
-    """
-    if config.model:
-        return given_model(config.model)
-    folder = cache_dir() / f"default-{_code_digest()}"
-    made = [path.parent for path in folder.glob("[!.]*/config.json")]  # a half-made one has a dot
-    if made:
-        return str(made[0])
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _MAKE_DEFAULT, str(folder)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=child_environment(),
-    )
-    try:
-        out, err = await process.communicate()
-    except asyncio.CancelledError:
-        process.kill()
-        await process.wait()
-        raise
-    if process.returncode:
-        raise ValueError(f"the small random model could not be made: {err.decode(errors='replace').strip()}")
-    return out.decode().strip()
-
-
-def _code_digest() -> str:
-    """Of what decides the default checkpoint's bytes."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(engine.__path__[0]) / "tiny").glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -133,7 +83,7 @@ async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:
         loop.add_signal_handler(number, on_signal)
     backend = make_backend(config, run_dir)
     controller = Controller(config, backend, run_dir=run_dir, tell=screen.tell)
-    serving = asyncio.create_task(_start_and_run(config, controller))
+    serving = asyncio.create_task(_start_and_run(find_model(config, screen.tell), controller))
     showing = asyncio.create_task(_show(controller, backend, screen, run_dir))
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -157,8 +107,8 @@ async def _serve(config: ClusterConfig, run_dir: Path, screen: Screen) -> int:
     return 0
 
 
-async def _start_and_run(config: ClusterConfig, controller: Controller) -> None:
-    await controller.start(find_model(config))
+async def _start_and_run(model_path: Awaitable[str], controller: Controller) -> None:
+    await controller.start(model_path)
     await controller.run()
 
 

@@ -146,8 +146,9 @@ class RayConfig(_Section):
 class ClusterConfig(_Section):
     """The cluster file."""
 
-    model: str = Field(default="", description="Checkpoint folder. Default: a small random one is made.")
-    served_model_name: str = Field(default="", description="Name clients use. Default: the folder's name.")
+    model: str = Field(default="", description="Checkpoint folder or Hugging Face id. Default: a small random one.")
+    revision: str = Field(default="", description="Branch, tag or commit of a Hugging Face model. Default: main.")
+    served_model_name: str = Field(default="", description="Name clients use. Default: the id or the folder's name.")
     backend: Literal["ray", "process"] = Field(
         default="ray", description="ray: actors place and restart workers. process: plain processes, this machine only."
     )

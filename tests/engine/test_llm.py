@@ -184,7 +184,7 @@ def test_options_and_paths_are_checked(checkpoint: Path, tmp_path: Path) -> None
         LLM(checkpoint, max_len=3)
     with pytest.raises(ValueError, match="max_num_seqs"):
         LLM(checkpoint, max_num_seqs=0)
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         LLM(tmp_path)
 
 

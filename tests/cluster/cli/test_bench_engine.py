@@ -37,7 +37,7 @@ def test_wrong_options_are_named(tmp_path: Path, arguments: list[str], message: 
     assert result.exit_code == 1 and re.search(message, result.output)
 
 
-@pytest.mark.parametrize(("model", "message"), [("shape:x", "no shape 'x'"), ("/nowhere", "no checkpoint folder")])
+@pytest.mark.parametrize(("model", "message"), [("shape:x", "no shape 'x'"), ("/nowhere", "does not exist")])
 def test_wrong_models_are_named(model: str, message: str) -> None:
     result = invoke("--model", model)
     assert result.exit_code == 1 and message in result.output
