@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import Role
+from engine.kv.prefix_cache import SHORT_KEY_BYTES
 from engine.messages import Load
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
@@ -26,7 +27,7 @@ SourceFailure = Literal["broken", "silent", "refused", "spoiled", "protocol"]
 HEARTBEAT_S = 0.5  # workers send one this often, on every link
 NEWS_S = 0.5  # a source sends news at least this often
 SILENCE_S = 2.0  # no news for this long: the peer is suspected
-CACHE_KEY_BYTES = 8  # of a block's chained hash, on the link
+CACHE_KEY_BYTES = SHORT_KEY_BYTES  # of a block's chained hash, on the link
 OBSERVER_LAG_S = 1.0  # an observer that itself slept longer than this resets its timers first
 
 

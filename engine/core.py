@@ -36,7 +36,7 @@ from engine.messages import (
     StepEvents,
 )
 from engine.request import FinishReason
-from engine.scheduler.batch import Runner, StepHandle
+from engine.scheduler.batch import Runner, ScheduledBatch, StepHandle
 from engine.scheduler.landing import Landed
 from engine.scheduler.scheduler import Scheduler, ended
 from engine.scheduler.served import ServeNews
@@ -54,6 +54,7 @@ class EngineCore:
         self.runner = runner
         self.shutdown_asked = False
         self.last_step_cost_s = 0.0  # predicted, of the step launched last: a virtual clock advances by it
+        self.last_batch: ScheduledBatch | None = None  # what `step` launched last, for whoever times it
         self._steps_in_flight = steps_in_flight
         self._commands: deque[Command] = deque()
         self._handles: deque[StepHandle] = deque()
@@ -87,6 +88,7 @@ class EngineCore:
         num_commands = self._handle_commands()
         batch = self.scheduler.schedule()
         self._stalled = batch is None
+        self.last_batch = batch
         if announce is not None and batch is not None and self._has_answers():
             announce(self._events(None))
         if batch is not None:
@@ -106,12 +108,15 @@ class EngineCore:
         replies = tuple(self._replies) + tuple(self.scheduler.take_news()) + tuple(landed.replies if landed else ())
         tokens = tuple(self._tokens) + tuple(landed.tokens if landed else ())
         self._replies, self._tokens = [], []
+        stored, evicted = self.scheduler.blocks.cache.take_changes()
         return StepEvents(
             step=self._num_steps,
             num_tokens=landed.num_tokens if landed else 0,
             replies=replies,
             tokens=tokens,
             load=self.load(),
+            stored=stored,
+            evicted=evicted,
         )
 
     def _land(self, launched: bool) -> Landed | None:

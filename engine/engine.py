@@ -3,7 +3,7 @@
 1. config.json -> model, dtype, lengths       errors of the user end here, before anything large is allocated
 2. weights -> device                          progress "load" in bytes
 3. KV memory within kv_cache_bytes            shared (memfd) on CPU
-4. warm-up -> StepCost                        progress "warmup" in shapes
+4. warm-up -> StepCost, Profile               progress "warmup" in shapes
 5. scheduler + runner -> EngineCore
 """
 
@@ -31,7 +31,9 @@ from engine.models.registry import build_model
 from engine.models.weights import load_weights, shard_paths
 from engine.runner.model_runner import ModelRunner
 from engine.runner.numerics_class import numerics_class
+from engine.runner.profile import measure_profile
 from engine.runner.warmup import measure_step_cost
+from engine.scheduler.profile import Profile
 from engine.scheduler.request_state import ModelLimits
 from engine.scheduler.scheduler import Scheduler
 
@@ -55,6 +57,7 @@ class BuiltEngine:
     max_model_len: int
     identity: str
     numerics_class: str
+    profile: Profile
 
     @property
     def checksum_algorithm(self) -> str:
@@ -93,6 +96,15 @@ def build_engine(
         max_batched_tokens=config.max_batched_tokens,
         progress=_staged(progress, "warmup"),
     )
+    profile = measure_profile(
+        runner,
+        step_cost,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_step_ms=config.max_step_ms,
+        max_step_tokens=config.max_batched_tokens,
+        kv_token_bytes=layout.token_bytes,
+    )
     identity = cache_identity(model_dir, model_config, layout)
     limits = ModelLimits(
         identity=identity,
@@ -115,6 +127,7 @@ def build_engine(
         model_config=model_config,
         max_model_len=max_model_len,
         identity=identity,
+        profile=profile,
         numerics_class=numerics_class(device, options.dtype, config.threads),
     )
 

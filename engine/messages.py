@@ -25,6 +25,7 @@ import msgspec
 
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
+from engine.scheduler.profile import Profile
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -225,7 +226,10 @@ class Load(_Message, frozen=True):
 
 
 class StepEvents(_Message, frozen=True):
-    """Everything one step caused. `num_tokens` 0 means only commands were answered."""
+    """Everything one step caused. `num_tokens` 0 means only commands were answered.
+
+    `stored` and `evicted`: short keys of the prefix cache (engine/kv/prefix_cache.py), if the rank records them.
+    """
 
     step: int
     num_tokens: int
@@ -235,6 +239,8 @@ class StepEvents(_Message, frozen=True):
     ] = ()
     tokens: tuple[NewTokens, ...] = ()
     load: Load = msgspec.field(default_factory=Load)
+    stored: bytes = b""
+    evicted: bytes = b""
 
 
 class RankReady(_Message, frozen=True):
@@ -255,6 +261,7 @@ class RankReady(_Message, frozen=True):
     max_num_seqs: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    profile: Profile = msgspec.field(default_factory=Profile)
 
 
 class RankProgress(_Message, frozen=True):

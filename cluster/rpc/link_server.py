@@ -95,6 +95,11 @@ class LinkServicer(pb_grpc.WorkerServicer):
         """Links that are up."""
         return len(self._links)
 
+    @property
+    def link_ids(self) -> tuple[str, ...]:
+        """Links that are up, the oldest first."""
+        return tuple(self._links)
+
     def put(self, link_id: str, entry: Entry) -> None:
         """Queue an entry for a router; dropped when its link is gone. It leaves at the next flush."""
         link = self._links.get(link_id)

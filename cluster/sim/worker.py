@@ -32,6 +32,7 @@ from cluster.types import (
     RouterMessage,
     WorkerInfo,
 )
+from cluster.worker.cache_feed import CacheFeed
 from cluster.worker.decode import DecodeMachine
 from cluster.worker.effects import (
     CloseFetch,
@@ -102,12 +103,15 @@ class SimWorker:
             max_num_seqs=config.engine.engine.max_num_seqs,
             vocab_size=config.engine.model.vocab_size,
             eos_token_ids=(config.engine.model.eos_token_id,),
+            profile=config.engine.profile,
         )
         path = f"/sim/{incarnation}"
         world.memories[path] = (config.host, self.memory)
         local = LocalMemory(path=path, nonce=incarnation.encode(), num_blocks=layout.num_blocks)
         self.decode = DecodeMachine(self.info, layout, "xxh3_64")
         self.prefill = PrefillMachine(self.info, layout, local, "xxh3_64")
+        self.cache_feed = CacheFeed()
+        self.core.scheduler.blocks.cache.record_changes()
         self.hung = False
         self.num_steps = 0
         self._step_started_at: float | None = None
@@ -154,11 +158,21 @@ class SimWorker:
         clock = self._world.clock
         age_s = clock.now - self._step_started_at if self._step_started_at is not None else 0.0
         beat = Heartbeat(
-            info=self.info, load=self.core.load(), step_count=self.num_steps, step_age_ms=int(age_s * 1000)
+            info=self.info,
+            load=self.core.load(),
+            step_count=self.num_steps,
+            step_age_ms=int(age_s * 1000),
+            peers=self.prefill.peers.rates(),
         )
         for connection in self._links.values():
             connection.send(1, beat)
+        self._feed(soon=True)
         self.process.at(clock.now + HEARTBEAT_S, self._beat)
+
+    def _feed(self, *, soon: bool = False) -> None:
+        """Tell the routers what the prefix cache took in and gave up."""
+        for link_id, news in self.cache_feed.news(self._world.clock.now, tuple(self._links), soon=soon):
+            self._links[link_id].send(1, (news,))
 
     # ---- Fetch, as source
 
@@ -322,6 +336,8 @@ class SimWorker:
         now = self._world.clock.now
         self._do(self.prefill.on_events(now, events))
         self._do(self.decode.on_events(now, events))
+        self.cache_feed.on_step(events.stored, events.evicted)
+        self._feed()
 
     def _landed(self, events: StepEvents | None) -> None:
         if self.hung:

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.types import Dispatch, Path, SourceRef, Stage
+from cluster.types import Dispatch, Path, SourceFailed, SourceFailure, SourceRef, Stage
+from cluster.worker.effects import Effect, SendEntry
 from cluster.worker.reservation import Reservation
 from cluster.worker.source_call import SourceCall
 from engine.messages import Add
@@ -58,3 +59,27 @@ class DecodeRequest:
     def num_wanted(self) -> int:
         """n - 1: the last known token is always run here."""
         return len(self.tokens) // TOKEN_BYTES - 1
+
+
+# what counts against the pair: not that a source is busy, has moved, or cannot take this one prompt
+_FAILURES: dict[str, SourceFailure] = {
+    "sources_broken": "broken",
+    "sources_silent": "silent",
+    "sources_refused": "refused",
+    "sources_spoiled": "spoiled",
+    "source_protocol_errors": "protocol",
+}
+
+
+def source_failure(request: DecodeRequest, reason: str) -> list[Effect]:
+    """Tell the router of a source that failed, if it did. `reason` is the counter's name."""
+    if request.call is None or reason not in _FAILURES:
+        return []
+    failed = SourceFailed(
+        request_id=request.request_id,
+        attempt=request.dispatch.attempt,
+        source_id=request.call.source.worker_id,
+        source_incarnation=request.call.source.incarnation,
+        reason=_FAILURES[reason],
+    )
+    return [SendEntry(link_id=request.link_id, entry=failed)]

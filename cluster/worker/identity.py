@@ -41,4 +41,5 @@ def describe_ready(info: WorkerInfo, ready: RankReady, layout: KVLayout) -> Work
         max_num_seqs=ready.max_num_seqs,
         vocab_size=ready.vocab_size,
         eos_token_ids=ready.eos_token_ids,
+        profile=ready.profile,
     )

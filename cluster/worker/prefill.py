@@ -36,6 +36,7 @@ from cluster.types import (
     WorkerInfo,
 )
 from cluster.worker.effects import Effect, EndCall, SendFetch, ToEngine
+from cluster.worker.peer_rates import PeerRates
 from cluster.worker.served_call import ServedCall
 from engine.kv.layout import KVLayout
 from engine.messages import (
@@ -81,6 +82,7 @@ class PrefillMachine:
     ) -> None:
         self.info = info
         self.counters: Counter[str] = Counter()
+        self.peers = PeerRates()
         self._layout = layout
         self._memory = memory
         self._checksum_algorithm = checksum_algorithm
@@ -133,6 +135,10 @@ class PrefillMachine:
         call = self._calls.get(taken.call_id)
         if call is None or not call.take(taken.piece_index):
             return []
+        if call.timed is not None and taken.piece_index >= call.timed[0]:
+            _, sent_at, num_bytes = call.timed
+            self.peers.observe(call.open.receiver_id, call.transport, num_bytes, (now - sent_at) * 1000)
+            call.timed = None
         self._timers.watch((call.call_id, "taken"), now, TAKE_LIMIT_S)
         return self._send_pieces(now, call)
 
@@ -244,7 +250,7 @@ class PrefillMachine:
     def _accept(self, now: float, call: ServedCall, serving: Serving) -> list[Effect]:
         transport = self._transport(call.open)
         assert transport is not None, "checked when the call was opened"
-        call.accepted = True
+        call.accepted, call.transport = True, transport
         call.computed_tokens, call.queued_tokens = serving.cached_tokens, serving.queued_tokens
         accepted = FetchAccepted(
             cached_tokens=serving.cached_tokens,
@@ -265,6 +271,9 @@ class PrefillMachine:
             if not call.untaken:
                 self._timers.watch((call.call_id, "taken"), now, TAKE_LIMIT_S)
             piece = call.waiting.popleft()
+            if not call.untaken:
+                num_tokens = piece.end_tokens - piece.first_block * self._layout.block_size
+                call.timed = (piece.index, now, num_tokens * self._layout.token_bytes)
             call.untaken.append((piece.index, num_blocks))
             self.counters["pieces"] += 1
             effects += self._send(now, call, piece)

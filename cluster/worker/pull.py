@@ -38,7 +38,7 @@ from cluster.types import (
     Transport,
     WorkerInfo,
 )
-from cluster.worker.decode_request import DecodeRequest, TimerKey, TimerKind
+from cluster.worker.decode_request import DecodeRequest, TimerKey, TimerKind, source_failure
 from cluster.worker.effects import CloseFetch, Effect, OpenFetch, SendTaken, ToEngine
 from cluster.worker.reservation import Reservation
 from cluster.worker.source_call import SourceCall
@@ -224,7 +224,8 @@ class Puller:
         if isinstance(reply, FetchBusy):
             return self._drop_source(now, request, "sources_busy")
         if isinstance(reply, FetchRefused):
-            return self._drop_source(now, request, "sources_refused")
+            this_prompt = reply.code in ("capacity", "deadline", "range", "tokens")
+            return self._drop_source(now, request, "prompts_refused" if this_prompt else "sources_refused")
         if request.num_hops < MAX_HOPS:
             request.num_hops += 1
             request.sources.appendleft(reply.to)
@@ -353,7 +354,7 @@ class Puller:
 
     def _drop_source(self, now: float, request: DecodeRequest, reason: str) -> list[Effect]:
         self._counters[reason] += 1
-        return self._close_call(request) + self.advance(now, request)
+        return source_failure(request, reason) + self._close_call(request) + self.advance(now, request)
 
     def _close_call(self, request: DecodeRequest) -> list[Effect]:
         if request.call is None:

@@ -15,7 +15,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
-from time import sleep
+from time import perf_counter, sleep
 
 import msgspec
 
@@ -28,6 +28,8 @@ from engine.core import EngineCore
 from engine.fake_engine import build_fake_engine
 from engine.kv.memory import KVMemory
 from engine.messages import RankFailed, RankProgress, RankReady
+from engine.scheduler.batch import ScheduledBatch
+from engine.scheduler.profile import StepTimes, alike
 
 _log = logging.getLogger(__name__)
 EVENT_TIMEOUT_S = 60.0
@@ -54,8 +56,9 @@ def main(argument: str) -> int:
     end = RankEnd(spec.fds)
     try:
         engine = _build(spec, end)
+        engine.core.scheduler.blocks.cache.record_changes()
         end.send(engine.ready, timeout_s=EVENT_TIMEOUT_S)
-        _run(engine.core, end)
+        _run(engine.core, end, StepTimes(engine.ready.profile), spec.engine.steps_in_flight)
     except ValueError as error:  # options and checkpoints: the message says it all
         _log.error("%s", error)
         return _fail(end, str(error))
@@ -106,6 +109,7 @@ def _build(spec: RankSpec, end: RankEnd) -> RunningEngine:
         max_num_seqs=spec.engine.max_num_seqs,
         vocab_size=built.model_config.vocab_size,
         eos_token_ids=tuple(built.model_config.eos_token_ids),
+        profile=built.profile,
     )
     return RunningEngine(core=built.core, memory=memory, ready=ready)
 
@@ -130,11 +134,13 @@ def _build_fake(engine: EngineConfig, fake: FakeSpec) -> RunningEngine:
         max_num_seqs=engine.max_num_seqs,
         vocab_size=config.model.vocab_size,
         eos_token_ids=(config.model.eos_token_id,),
+        profile=config.profile,
     )
     return RunningEngine(core=core, memory=memory, ready=ready)
 
 
-def _run(core: EngineCore, end: RankEnd) -> None:
+def _run(core: EngineCore, end: RankEnd, times: StepTimes, steps_in_flight: int) -> None:
+    before: ScheduledBatch | None = None
     while not core.shutdown_asked:
         for command in end.receive():
             core.submit(command)
@@ -142,8 +148,15 @@ def _run(core: EngineCore, end: RankEnd) -> None:
             end.wait(IDLE_POLL_S)
             continue
         end.status.begin_step()
+        started_s = perf_counter()
         events = core.step(partial(end.send, timeout_s=EVENT_TIMEOUT_S))
         end.status.end_step()
+        batch = core.last_batch
+        # with a step in flight, what was waited for is the step before: it teaches nothing unless it was the like
+        if batch is not None and (not steps_in_flight or (before is not None and alike(before, batch))):
+            times.observe(batch, (perf_counter() - started_s) * 1000)
+            core.scheduler.scales = times.scales
+        before = batch
         if events is None:
             end.wait(STALLED_POLL_S)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from cluster.types import FetchOpen, Piece
+from cluster.types import FetchOpen, Piece, Transport
 from engine.kv.layout import KVLayout
 from engine.messages import ServedPiece
 
@@ -17,6 +17,8 @@ class ServedCall:
     open: FetchOpen
     num_blocks: int  # pinned at most
     accepted: bool = False
+    transport: Transport = "grpc"
+    timed: tuple[int, float, int] | None = None  # a piece that left alone: (index, when, bytes)
     waiting: deque[Piece] = field(default_factory=deque)  # ready, not sent: the window is full
     untaken: deque[tuple[int, int]] = field(default_factory=deque)  # (piece index, blocks), sent
     next_index: int = 0

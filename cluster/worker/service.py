@@ -40,6 +40,7 @@ from cluster.types import (
     Transport,
     WorkerInfo,
 )
+from cluster.worker.cache_feed import CacheFeed
 from cluster.worker.decode import DecodeMachine
 from cluster.worker.effects import (
     CloseFetch,
@@ -83,6 +84,7 @@ class WorkerService:
         self._sources = FetchServicer(self)
         self._server = WorkerServer(self._links, self._sources, host=spec.host, port=spec.port)
         self._engine = EngineLoop(spec.engine, spec.fake, self)
+        self._cache_feed = CacheFeed()
         self._calls = FetchCalls(self)
         self._transports = Transports(spec.transports)
         self._copies = Copies(self._transports.connectors, self._on_copied)
@@ -132,8 +134,15 @@ class WorkerService:
             load=self._load,
             step_count=self._engine.step_count,
             step_age_ms=self._engine.step_age_ms(),
+            peers=self._prefill.peers.rates() if self._prefill else (),
         )
         self._links.send_heartbeat(heartbeat)
+        self._do(self._feed(time.monotonic(), soon=True))
+
+    def _feed(self, now: float, *, soon: bool = False) -> list[Effect]:
+        """What the routers are told of the prefix cache, if it is time."""
+        news = self._cache_feed.news(now, self._links.link_ids, soon=soon)
+        return [SendEntry(link_id=link_id, entry=entry) for link_id, entry in news]
 
     def _set_info(self, **changes: object) -> None:
         self._info = replace(self._info, **changes)  # type: ignore[arg-type]  # names of WorkerInfo's fields
@@ -164,9 +173,10 @@ class WorkerService:
     def on_step_events(self, events: StepEvents) -> None:
         """See EngineHandler."""
         self._load = events.load
+        self._cache_feed.on_step(events.stored, events.evicted)
         if self._decode is not None and self._prefill is not None:
             now = time.monotonic()
-            self._do([*self._decode.on_events(now, events), *self._prefill.on_events(now, events)])
+            self._do([*self._decode.on_events(now, events), *self._prefill.on_events(now, events), *self._feed(now)])
 
     def on_death(self, reason: str) -> None:
         """See EngineHandler."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
+SHORT_KEY_BYTES = 8  # of a key, where others are only told of it
 
 
 def root_key(identity: str, cache_salt: bytes = b"") -> bytes:
@@ -50,6 +51,22 @@ class PrefixCache:
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._changes: dict[bytes, bool] | None = None  # key -> whether it is present now
+
+    def record_changes(self) -> None:
+        """From here on, remember what `take_changes` is to tell. Whoever calls this takes them after every step."""
+        self._changes = {}
+
+    def take_changes(self) -> tuple[bytes, bytes]:
+        """Short keys that came, and that went, since the last call, each kind concatenated."""
+        if not self._changes:
+            return b"", b""
+        came, went = (
+            b"".join(key[:SHORT_KEY_BYTES] for key, present in self._changes.items() if present is wanted)
+            for wanted in (True, False)
+        )
+        self._changes = {}
+        return came, went
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -78,8 +95,13 @@ class PrefixCache:
             return False
         self._block_of[key] = block_id
         self._key_of[block_id] = key
+        if self._changes is not None:
+            self._changes[key] = True
         return True
 
     def remove(self, block_id: int) -> None:
         """Forget a block that is about to be reused."""
-        del self._block_of[self._key_of.pop(block_id)]
+        key = self._key_of.pop(block_id)
+        del self._block_of[key]
+        if self._changes is not None:
+            self._changes[key] = False

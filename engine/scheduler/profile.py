@@ -158,5 +158,10 @@ class StepTimes:
         return prefill_ms, max(0.0, decode_ms - fixed_ms)
 
 
+def alike(one: ScheduledBatch, other: ScheduledBatch) -> bool:
+    """Whether two steps compute about the same."""
+    return (one.num_decode_rows, one.num_tokens) == (other.num_decode_rows, other.num_tokens)
+
+
 def _bounded(scale: float) -> float:
     return min(_FARTHEST, max(1 / _FARTHEST, scale))

@@ -38,6 +38,7 @@ from engine.scheduler.decode import schedule_decode
 from engine.scheduler.landing import Landed, land_step
 from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, usable_match
 from engine.scheduler.pulls import Pulls
+from engine.scheduler.profile import Scales
 from engine.scheduler.request_book import RequestBook, RequestRefusedError
 from engine.scheduler.request_state import Counters, LaunchedStep, ModelLimits, parse_tokens
 from engine.scheduler.seats import Seats
@@ -55,6 +56,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, *, limits: ModelLimits, blocks: BlockManager, step_cost: StepCost) -> None:
         self.role: Role = config.role
         self.step_cost = step_cost
+        self.scales: Scales = (1.0, 1.0)  # set by whoever times the steps (engine/scheduler/profile.py)
         self.blocks = blocks
         self.limits = limits
         self._config = config
@@ -197,6 +199,9 @@ class Scheduler:
             num_preemptions=counters.num_preemptions,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
+            context_tokens=sum(r.seat.num_computed for r in self._book.running.values() if r.seat),
+            prefill_scale=self.scales[0],
+            decode_scale=self.scales[1],
         )
 
 
