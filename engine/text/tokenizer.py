@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from engine.text.chat_template import ChatTemplate, Message, check_messages
+from engine.text.sentencepiece_model import parse_sentencepiece, to_tokenizer_json
 from engine.text.token_bytes import TokenBytes, read_token_bytes
 
 # Both end a turn whatever the configuration says: config.json names </s>, histories end with the other.
@@ -32,9 +33,9 @@ class Tokenizer:
     """Made by `load`. `special_ids`: ids that decoding may skip; `eos_token_ids`: ids that end an answer, ascending."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / "tokenizer.json"
-        content = _read_object(self._file, required=True)
         config = _read_object(folder / "tokenizer_config.json")
+        self._folder = folder
+        self._file, content = _read_tokenizer(folder)
         self._tokenizer = _parse(content, self._file)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.token_bytes: TokenBytes = read_token_bytes(content, vocab)
@@ -50,9 +51,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json, generation_config.json and config.json of a checkpoint folder.
+        """Read a checkpoint folder: tokenizer.json or a SentencePiece tokenizer.model, and the configuration files.
 
-        Only the first must exist. Raises ValueError naming the file that is missing or not understood.
+        Only one of the first two must exist. Raises ValueError naming the file that is missing or not understood.
         """
         return cls(Path(path))
 
@@ -126,11 +127,41 @@ class Tokenizer:
     @cached_property
     def _literal_tokenizer(self) -> Any:
         """The same tokenizer without its control tokens. Made when first needed: hostile or unusual text only."""
-        content = _read_object(self._file, required=True)
+        _, content = _read_tokenizer(self._folder)
         content["added_tokens"] = [
             token for token in content.get("added_tokens", []) if token["content"] not in self._control_ids
         ]
         return _parse(content, self._file)
+
+
+def _read_tokenizer(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file, and its content in the form of a tokenizer.json. Raises ValueError."""
+    file, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    if file.is_file():
+        return file, _read_object(file)
+    if not model.is_file():
+        raise ValueError(f"{file} is missing, and so is tokenizer.model: a checkpoint needs one to work with text")
+    try:
+        return model, to_tokenizer_json(parse_sentencepiece(model.read_bytes()), _added_tokens(folder))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{model}: {error}") from error
+
+
+def _added_tokens(folder: Path) -> dict[str, tuple[int | None, bool]]:
+    """Tokens beside a tokenizer.model, from the files that name them: text -> (id if it is told, whether special)."""
+    config = _read_object(folder / "tokenizer_config.json")
+    added: dict[str, tuple[int | None, bool]] = {}
+    for text, token_id in _read_object(folder / "added_tokens.json").items():
+        added[text] = (int(token_id), False)
+    decoder = config.get("added_tokens_decoder")
+    for token_id, token in (decoder if isinstance(decoder, dict) else {}).items():
+        added[token["content"]] = (int(token_id), bool(token.get("special")))
+    for names in (config, _read_object(folder / "special_tokens_map.json")):
+        more = names.get("additional_special_tokens") or []
+        listed = [one.get("content") if isinstance(one, dict) else one for one in more]
+        for text in (*_special_tokens(names).values(), *(one for one in listed if isinstance(one, str))):
+            added[text] = (added.get(text, (None, True))[0], True)
+    return added
 
 
 def _parse(content: Mapping[str, Any], path: Path) -> Any:
@@ -184,11 +215,9 @@ def _eos_token_ids(
     return tuple(sorted(found))
 
 
-def _read_object(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; an empty one when an optional file is missing."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one when it is missing."""
     if not path.is_file():
-        if required:
-            raise ValueError(f"{path} is missing: a checkpoint needs a tokenizer.json to work with text")
         return {}
     try:
         content = json.loads(path.read_bytes())
