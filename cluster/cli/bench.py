@@ -1,4 +1,4 @@
-"""`neap bench router | serve | engine`: benchmarks with fixed seeds, a table for people, `--json FILE` for machines."""
+"""`neap bench router | serve | engine | routing`: fixed seeds, a table for people, `--json FILE` for machines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cluster.bench.router_bench import RouterBenchOptions, bench_router
 from cluster.bench.serve_bench import Targets, bench_serve
 from cluster.bench.workload import LoadOptions
 from cluster.cli.bench_engine import engine
+from cluster.cli.bench_routing import routing
 from cluster.config.environment import api_key as key_from_environment
 
 _WIDTH = 110  # where there is no terminal
@@ -24,6 +25,7 @@ _SHOWN_COUNTERS = 24
 
 bench_app = typer.Typer(name="bench", help="Measure: the engine, the path around it, or a served load.")
 bench_app.command()(engine)
+bench_app.command()(routing)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Of prompts and arrivals; the same seed gives the same load.")]

@@ -46,8 +46,10 @@ class Chooser:
 
     def choose(self, now: float, request: Tracked, decoders: list[Worker]) -> Decision:
         """Decide for the request's next attempt, and count it. `decoders` have room and are not empty."""
-        sources = self._fleet.sources(decoders[0].info)
-        hint = self._hint(request, decoders[0]) if self._policy.wants_cache else None
+        # prompt logprobs need every position's logits: the decode worker computes the whole prompt itself
+        is_scored = request.submit.params.prompt_logprobs is not None
+        sources = [] if is_scored else self._fleet.sources(decoders[0].info)
+        hint = self._hint(request, decoders[0]) if self._policy.wants_cache and not is_scored else None
         decode = [
             self._view(now, worker, hint, self.breakers.avoided(now, worker.info.incarnation)) for worker in decoders
         ]
@@ -231,6 +233,5 @@ class Chooser:
 
     def decisions(self, request_id: str | None = None) -> tuple[Decision, ...]:
         """The last ones, newest first; of one request if asked."""
-        return tuple(
-            decision for (known, _), decision in reversed(self._decisions.items()) if request_id in (None, known)
-        )
+        newest_first = (decision for decision in reversed(self._decisions.values()))
+        return tuple(one for one in newest_first if request_id is None or one.request_id == request_id)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
+from cluster.router.decision import Decision
 from cluster.router.dispatch import Dispatcher
 from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, Submit, ToWorker
 from cluster.router.policies import policy_named
@@ -15,7 +16,7 @@ from cluster.sim.journal import Journal, describe
 from cluster.sim.network import Connection, End, Network
 from cluster.sim.process import SimProcess
 from cluster.sim.worker import SimWorker
-from cluster.types import Heartbeat, Path, WorkerInfo
+from cluster.types import Dispatch, Heartbeat, Path, WorkerInfo
 
 RECONNECT_S = 0.2
 
@@ -29,6 +30,7 @@ class SimResult:
     paths: list[Path] = field(default_factory=list)
     code: str | None = None
     first_token_at: float | None = None
+    submitted_at: float = 0.0
     ended_at: float | None = None
     cancelled_at: float | None = None
 
@@ -59,6 +61,7 @@ class SimRouter:
         self.process = SimProcess(world.clock, router_id)
         self.dispatcher = Dispatcher(policy_named(policy), rng)
         self.results: dict[str, SimResult] = {}
+        self.decisions: list[Decision] = []  # every placement, unlike the dispatcher's own, which are the last ones
         self._links: dict[str, Connection] = {}
         self._num_links = 0
         self._wake_up_at = float("inf")
@@ -67,7 +70,7 @@ class SimRouter:
 
     def submit(self, submit: Submit) -> None:
         """A client's request, validated and tokenised."""
-        self.results[submit.request_id] = SimResult(submit=submit)
+        self.results[submit.request_id] = SimResult(submit=submit, submitted_at=self._world.clock.now)
         self.process.post(lambda: self._do(self.dispatcher.on_submit(self._world.clock.now, submit)))
 
     def cancel(self, request_id: str) -> None:
@@ -140,6 +143,8 @@ class SimRouter:
 
     def _perform(self, effect: RouterEffect) -> None:
         if isinstance(effect, ToWorker):
+            if isinstance(effect.message, Dispatch):
+                self.decisions += self.dispatcher.decisions(effect.message.request_id)[:1]
             if (link := self._links.get(effect.worker_id)) is not None:
                 link.send(0, effect.message)
         elif isinstance(effect, Deliver):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any, Protocol
 
 from cluster.sim.clock import VirtualClock
@@ -55,7 +56,10 @@ RING_S = 20e-6  # a command on its way to the rank
 
 @dataclass(frozen=True, kw_only=True)
 class SimWorkerConfig:
-    """One worker. Workers on different `host`s cannot open each other's memory. Times in seconds."""
+    """One worker. Workers on different `host`s cannot open each other's memory. Times in seconds.
+
+    A step takes its predicted time, or up to `step_jitter` of it more or less.
+    """
 
     worker_id: str
     role: Role
@@ -63,6 +67,7 @@ class SimWorkerConfig:
     host: str = "host-1"
     copy_s: float = 0.0005
     copy_s_per_block: float = 0.0001
+    step_jitter: float = 0.0
 
 
 class World(Protocol):
@@ -114,6 +119,7 @@ class SimWorker:
         self.core.scheduler.blocks.cache.record_changes()
         self.hung = False
         self.num_steps = 0
+        self._jitter = Random(incarnation)
         self._step_started_at: float | None = None
         self._kicked = False
         self._links: dict[str, Connection] = {}
@@ -326,7 +332,8 @@ class SimWorker:
             return
         self.core.last_step_cost_s = 0.0
         events = self.core.step(self._announce)
-        done_at = self._world.clock.now + self.core.last_step_cost_s + RING_S
+        jitter = 1.0 + self.config.step_jitter * (2.0 * self._jitter.random() - 1.0)
+        done_at = self._world.clock.now + self.core.last_step_cost_s * jitter + RING_S
         self.process.at(done_at, lambda: self._landed(events))
 
     def _announce(self, events: StepEvents) -> None:
