@@ -27,6 +27,8 @@ from engine.text.tokenizer import Tokenizer
 
 # a body above this is parsed off the event loop: 1 MiB of JSON takes some 10 ms
 INLINE_BODY_BYTES = 32 << 10
+# characters (or ids) above which a prompt is encoded off the loop: the change of threads costs as much as some 2,000
+INLINE_PROMPT = 2048
 
 
 async def chat(request: Request, service: RouterService) -> GenerationResponse:
@@ -64,7 +66,9 @@ async def _plan(
         raise UnavailableError("model_not_ready", retry_after_s=2.0)
     params = sampling_params(request, service.defaults, limits.vocab_size, text.eos_token_ids)
     check_cost(request, _sizes(request), limits.max_model_len, _param(request))
-    prompts = await service.off_loop(partial(_encode, text, request))
+    encode = partial(_encode, text, request)
+    is_short = sum(size for size, _ in _sizes(request)) <= INLINE_PROMPT
+    prompts = encode() if is_short else await service.off_loop(encode)
     for prompt in prompts:
         check_token_ids(prompt, limits.vocab_size)
     plan = make_plan(
