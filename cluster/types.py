@@ -92,6 +92,7 @@ class Dispatch:
     remaining_ms: int
     sources: tuple[SourceRef, ...] = ()
     cache_salt: bytes = b""
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,17 @@ class CacheNews:
     attempt: int = 0
 
 
-Entry = Tokens | News | Failed | SourceFailed | CacheNews
+@dataclass(frozen=True, kw_only=True)
+class PromptScores:
+    """Logprobs of prompt tokens [first_position, ...), in order and before any Tokens. Position 0 has none."""
+
+    request_id: str
+    attempt: int
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+Entry = Tokens | PromptScores | News | Failed | SourceFailed | CacheNews
 
 
 @dataclass(frozen=True, kw_only=True)

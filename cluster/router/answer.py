@@ -17,14 +17,32 @@ from engine.text.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True, slots=True)
+class PromptPart:
+    """What an answer says of its prompt: its text (echo), its tokens, and logprobs from the second token on."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
 class Delta:
-    """What one arrival adds to a choice. `tokens` pairs ids with logprobs, where logprobs were asked for."""
+    """What one arrival adds to a choice. `tokens` pairs ids with logprobs, where logprobs were asked for.
+
+    `prompt` comes with a choice's first Delta, where the client asked for it.
+    """
 
     choice: int
     text: str = ""
     tokens: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt: PromptPart | None = None
+
+    @property
+    def num_logprobs(self) -> int:
+        """Tokens with logprobs."""
+        return len(self.tokens) + (len(self.prompt.logprobs) if self.prompt is not None else 0)
 
 
 class ChoiceText:
@@ -107,3 +125,13 @@ class ChoiceText:
         delta.finish_reason = str(reason)
         # an end-of-sequence token is the model's own end and no reason to name
         delta.stop_reason = stop_token if stop_token in self._stop_token_ids else None
+
+
+class NoText(ChoiceText):
+    """A choice of a request that asks for its prompt only (echo, max_tokens 0): one token is made and not shown."""
+
+    def _add(self, tokens: Tokens, first: int, end: int) -> Delta | None:
+        if self.finished or end < len(tokens.token_ids) or tokens.finish_reason is None:
+            return None
+        self.finished = True
+        return Delta(choice=self.choice, finish_reason=str(FinishReason.LENGTH))

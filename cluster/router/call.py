@@ -13,17 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from cluster.errors import ERRORS, NeapError, RequestError, UnavailableError
 from cluster.metrics import RouterMetrics
 from cluster.router.admission import Admission
-from cluster.router.answer import ChoiceText, Delta
-from cluster.router.effects import Deliver, Ended, Progress, Submit
+from cluster.router.answer import ChoiceText, Delta, PromptPart
+from cluster.router.effects import Deliver, DeliverScores, Ended, Progress, Submit
 from cluster.router.inbox import Arrival, Inbox
 from cluster.router.openai.answers import Usage
 from cluster.router.plan import Plan
 from cluster.types import Path
 
-CallEffect = Deliver | Progress | Ended
+CallEffect = Deliver | DeliverScores | Progress | Ended
 
 
 class Cluster(Protocol):
@@ -71,6 +73,7 @@ class Call:
         self._choices = [choice_text(index) for index in range(plan.num_choices)]
         self._num_open = [plan.params.n] * len(plan.prompts)
         self._cached: list[int | None] = [None] * len(plan.prompts)
+        self._prompts = _PromptParts(plan) if plan.shows_prompt else None
         self._last_token_at: dict[int, float] = {}
         self._expired = False
         self._admitted = False
@@ -111,6 +114,8 @@ class Call:
                 params=plan.params,
                 seeds=plan.seeds[index],
                 deadline=plan.deadline,
+                cache_salt=plan.cache_salt,
+                priority=plan.priority,
             )
             context.cluster.submit(submit, self._receiver(index))
 
@@ -168,6 +173,9 @@ class Call:
         for prompt_index, item in arrivals:
             if isinstance(item, Deliver):
                 deltas += self._add(prompt_index, item)
+            elif isinstance(item, DeliverScores):
+                if self._prompts is not None:
+                    self._prompts.take(prompt_index, item)
             elif item.code is not None or self._num_open[prompt_index]:
                 raise failure(item.code or "internal_error")
         if self._expired and not self.done:
@@ -184,6 +192,8 @@ class Call:
         if tokens.finish_reason == "abort":
             raise failure("internal_error")
         deltas = choice.add_each(tokens)
+        if self._prompts is not None and deltas:
+            self._prompts.attach(prompt_index, deltas[0])
         if deltas and (reason := deltas[-1].finish_reason) is not None:
             self._context.metrics.finished.labels(reason).inc()
             self._num_open[prompt_index] -= 1
@@ -231,6 +241,35 @@ class Call:
         self._context.admission.leave(now, self.plan.request_id)
         self._count_load()
         self._context.metrics.e2e.observe(now - self._started)
+
+
+class _PromptParts:
+    """What the answers say of their prompts, while it comes in."""
+
+    def __init__(self, plan: Plan):
+        self._parts = [
+            PromptPart(
+                text=plan.echo[index] if plan.echo else "",
+                token_ids=tuple(np.frombuffer(prompt, dtype="<i4").tolist()),
+            )
+            for index, prompt in enumerate(plan.prompts)
+        ]
+        self._is_scored = plan.params.prompt_logprobs is not None
+        self._told: set[int] = set()
+
+    def take(self, prompt_index: int, item: DeliverScores) -> None:
+        """More logprobs of a prompt."""
+        self._parts[prompt_index].logprobs.extend(item.scores.logprobs)
+
+    def attach(self, prompt_index: int, first: Delta) -> None:
+        """Give a choice's first Delta its prompt. Raises UnavailableError if the logprobs are not all here."""
+        if first.choice in self._told:
+            return
+        part = self._parts[prompt_index]
+        if self._is_scored and len(part.logprobs) != len(part.token_ids) - 1:
+            raise failure("internal_error")
+        self._told.add(first.choice)
+        first.prompt = part
 
 
 def failure(code: str) -> NeapError:

@@ -26,10 +26,11 @@ from cluster.errors import BUSY, ERRORS, REFUSED
 from cluster.router.accuracy import Errors
 from cluster.router.choosing import Chooser
 from cluster.router.decision import Decision
-from cluster.router.effects import Deliver, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
+from cluster.router.effects import Deliver, DeliverScores, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
 from cluster.router.fleet import Fleet, Worker
 from cluster.router.policies import Policy
 from cluster.router.tracked import HistoryItem, Tracked, track
+from cluster.router.waiting_line import WaitingLine
 from cluster.timers import Timers
 from cluster.types import (
     SILENCE_S,
@@ -39,6 +40,7 @@ from cluster.types import (
     Failed,
     Heartbeat,
     News,
+    PromptScores,
     SourceFailed,
     Tokens,
     WorkerInfo,
@@ -90,8 +92,8 @@ class Dispatcher:
         self._rng = rng
         self._max_waiting = max_waiting
         self._requests: dict[str, Tracked] = {}
-        self._waiting_again: dict[str, Tracked] = {}
-        self._waiting: dict[str, Tracked] = {}
+        self._waiting_again = WaitingLine()
+        self._waiting = WaitingLine()
         self._timers: Timers[tuple[str, _TimerKind]] = Timers()
         self._explained: OrderedDict[str, tuple[HistoryItem, ...]] = OrderedDict()
 
@@ -109,7 +111,7 @@ class Dispatcher:
         request = track(submit, now)
         request.note(now, "submitted")
         self._requests[submit.request_id] = request
-        self._waiting[submit.request_id] = request
+        self._waiting.add(request)
         self._timers.set((submit.request_id, "deadline"), submit.deadline)
         self._timers.set((submit.request_id, "no_worker"), now + NO_WORKER_S)
         return self._place_waiting(now)
@@ -173,6 +175,8 @@ class Dispatcher:
                 effects += self._on_tokens(now, request, entry)
             elif isinstance(entry, News):
                 effects.append(Progress(request_id=request.request_id, stage=entry.stage, worker_id=worker_id))
+            elif isinstance(entry, PromptScores):
+                effects += self._on_scores(now, request, entry)
             else:
                 effects += self._on_failed(now, request, entry)
         return effects + self._place_waiting(now)
@@ -254,13 +258,13 @@ class Dispatcher:
     def _place_waiting(self, now: float) -> list[RouterEffect]:
         effects: list[RouterEffect] = []
         for line in (self._waiting_again, self._waiting):
-            for request in list(line.values()):
+            for request in line.in_order():
                 if request.retry_at > now:
                     continue  # it waits for its own time and holds nobody up
                 decoders = [worker for worker in self.fleet.decoders() if _has_room(worker)]
                 if not decoders:
                     return effects
-                del line[request.request_id]
+                line.serve(request)
                 effects += self._place(now, request, decoders)
         return effects
 
@@ -288,7 +292,7 @@ class Dispatcher:
             request.avoid = {request.worker_id}
         self._unassign(now, request)
         request.retry_at = now + delay_s * (0.5 + self._rng.random())
-        self._waiting_again[request.request_id] = request
+        self._waiting_again.add(request)
         self._timers.set((request.request_id, "retry"), request.retry_at)
         self._timers.set((request.request_id, "no_worker"), now + NO_WORKER_S)
 
@@ -314,6 +318,14 @@ class Dispatcher:
             return effects
         self.chooser.ended(now, request)
         return effects + self._end(now, request, None)
+
+    def _on_scores(self, now: float, request: Tracked, scores: PromptScores) -> list[RouterEffect]:
+        fresh = request.accept_scores(scores)
+        if fresh is None:
+            self.counters["gaps"] += 1
+            message = f"prompt logprobs from {scores.first_position} on do not follow"
+            return [*self._abort(request), *self._end(now, request, "internal_error", message)]
+        return [DeliverScores(scores=fresh)] if fresh.logprobs else []
 
     def _on_failed(self, now: float, request: Tracked, failed: Failed) -> list[RouterEffect]:
         if failed.code in (BUSY, REFUSED) and not request.answered:
@@ -368,8 +380,8 @@ class Dispatcher:
         self._unassign(now, request)
         request_id = request.request_id
         del self._requests[request_id]
-        self._waiting.pop(request_id, None)
-        self._waiting_again.pop(request_id, None)
+        self._waiting.discard(request_id)
+        self._waiting_again.discard(request_id)
         for kind in ("deadline", "retry", "no_worker"):
             self._timers.clear((request_id, kind))
         self._explained[request_id] = tuple(request.history)

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.types import Path, RouterMessage, Stage, Tokens
+from cluster.types import Path, PromptScores, RouterMessage, Stage, Tokens
 from engine.request import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """A request as the HTTP side hands it over. `deadline` is monotonic seconds; one seed per choice."""
+    """A request as the HTTP side hands it over. `deadline` is monotonic seconds; one seed per choice.
+
+    Lower `priority` is sooner.
+    """
 
     request_id: str
     prompt: bytes
@@ -28,6 +31,7 @@ class Submit:
     seeds: tuple[int, ...]
     deadline: float
     cache_salt: bytes = b""
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,13 @@ class Deliver:
 
     tokens: Tokens
     path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliverScores:
+    """Logprobs of the prompt's tokens, each position exactly once and in order, before any Deliver."""
+
+    scores: PromptScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,4 +83,4 @@ class DropLink:
     reason: str
 
 
-RouterEffect = ToWorker | Deliver | Progress | Ended | DropLink
+RouterEffect = ToWorker | Deliver | DeliverScores | Progress | Ended | DropLink

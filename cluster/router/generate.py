@@ -11,14 +11,15 @@ from typing import Any
 from starlette.requests import Request
 
 from cluster.errors import RequestError, UnavailableError
-from cluster.router.answer import ChoiceText
+from cluster.router.answer import ChoiceText, NoText
 from cluster.router.body import parse_object, read_body
 from cluster.router.call import Call
 from cluster.router.guard import REQUEST_ID
-from cluster.router.openai.answers import AnswerHead, ChatFormat, CompletionFormat
-from cluster.router.openai.chat import ROLES, ChatRequest, parse_chat
+from cluster.router.openai.answers import AnswerFormat, AnswerHead, ChatFormat, CompletionFormat
+from cluster.router.openai.chat import ChatRequest, parse_chat
 from cluster.router.openai.completions import CompletionRequest, parse_completion
-from cluster.router.openai.sampling import check_token_ids, sampling_params
+from cluster.router.openai.prompts import encode, tokens_to_keep
+from cluster.router.openai.sampling import check_token_ids, sampling_params, with_bad_words
 from cluster.router.plan import Plan, check_cost, make_plan, parse_timeout
 from cluster.router.respond import GenerationResponse
 from cluster.router.service import RouterService
@@ -65,14 +66,21 @@ async def _plan(
     if text is None:
         raise UnavailableError("model_not_ready", retry_after_s=2.0)
     params = sampling_params(request, service.defaults, limits.vocab_size, text.eos_token_ids)
-    check_cost(request, _sizes(request), limits.max_model_len, _param(request))
-    encode = partial(_encode, text, request)
-    is_short = sum(size for size, _ in _sizes(request)) <= INLINE_PROMPT
-    prompts = encode() if is_short else await service.off_loop(encode)
-    for prompt in prompts:
+    keep = tokens_to_keep(request, params, limits.max_model_len)
+    check_cost(request, _sizes(request, keep), limits.max_model_len, _param(request))
+    work = partial(encode, text, request, keep)
+    is_short = sum(size for size, _ in _sizes(request, None)) <= INLINE_PROMPT
+    encoded = work() if is_short else await service.off_loop(work)
+    for prompt in encoded.prompts:
         check_token_ids(prompt, limits.vocab_size)
     plan = make_plan(
-        request, prompts, params, request_id=request_id, max_model_len=limits.max_model_len, deadline=deadline
+        request,
+        encoded.prompts,
+        with_bad_words(params, encoded.bad_token_sequences),
+        request_id=request_id,
+        max_model_len=limits.max_model_len,
+        deadline=deadline,
+        echo=encoded.echo,
     )
     return plan, text
 
@@ -88,29 +96,19 @@ def _param(request: ChatRequest | CompletionRequest) -> str:
     return "messages" if isinstance(request, ChatRequest) else "prompt"
 
 
-def _sizes(request: ChatRequest | CompletionRequest) -> list[tuple[int, bool]]:
+def _sizes(request: ChatRequest | CompletionRequest, keep: int | None) -> list[tuple[int, bool]]:
     if isinstance(request, ChatRequest):
-        return [(sum(len(message.content) for message in request.messages), False)]
-    return [(len(prompt), not isinstance(prompt, str)) for prompt in request.prompts]
+        sizes = [(sum(len(message.content) for message in request.messages), False)]
+    else:
+        sizes = [(len(prompt), not isinstance(prompt, str)) for prompt in request.prompts]
+    return sizes if keep is None else [(min(size, keep), True) for size, _ in sizes]
 
 
-def _encode(text: Tokenizer, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-    """Runs in a text thread. Raises RequestError."""
-    try:
-        if isinstance(request, ChatRequest):
-            turns = [{"role": ROLES[turn.role], "content": turn.content} for turn in request.messages]
-            prompts = [text.encode_chat(turns)]
-        else:
-            prompts = [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-    except ValueError:
-        # the words of a template or a tokenizer are not of our catalogue
-        message = "The model's chat template does not accept these messages."
-        if not isinstance(request, ChatRequest):
-            message = "The prompt can't be tokenised."
-        raise RequestError("invalid_value", message, param=_param(request)) from None
-    if not all(prompts):
-        raise RequestError("invalid_value", "The prompt has no tokens.", param=_param(request))
-    return prompts
+def _format(request: ChatRequest | CompletionRequest, plan: Plan, head: AnswerHead, text: Tokenizer) -> AnswerFormat:
+    logprobs, piece, num_scores = plan.params.logprobs, text.token_bytes.piece, request.prompt_logprobs
+    if isinstance(request, ChatRequest):
+        return ChatFormat(head, logprobs=logprobs, token_bytes=piece, num_scores=num_scores)
+    return CompletionFormat(head, logprobs=logprobs, token_bytes=piece, num_scores=num_scores, echo=request.echo)
 
 
 def _response(
@@ -122,9 +120,7 @@ def _response(
         created=service.created + int(started - service.started_at),
         model=service.spec.served_model_name,
     )
-    answer_format = (ChatFormat if is_chat else CompletionFormat)(
-        head, logprobs=plan.params.logprobs, token_bytes=text.token_bytes.piece
-    )
+    answer_format = _format(request, plan, head, text)
     stream = request.stream_options
     options = AnswerOptions(
         stream=request.stream,
@@ -133,10 +129,12 @@ def _response(
         ping_s=service.ping_s,
     )
 
+    choice_text = NoText if isinstance(request, CompletionRequest) and request.is_echo_only else ChoiceText
+
     def make_call(on_overflow: Callable[[], None]) -> Call:
         return Call(
             plan,
-            lambda choice: ChoiceText(choice, plan.params, text),
+            lambda choice: choice_text(choice, plan.params, text),
             service.calls,
             started=started,
             on_overflow=on_overflow,

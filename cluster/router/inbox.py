@@ -11,19 +11,19 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from cluster.router.effects import Deliver, Ended
+from cluster.router.effects import Deliver, DeliverScores, Ended
 
 # what an event of the stream takes beside its text, roughly; text is taken as 4 bytes a token
 _EVENT_BYTES = 240
 _TOKEN_BYTES = 4
 _LOGPROB_BYTES = 80
 
-Arrival = tuple[int, Deliver | Ended]
+Arrival = tuple[int, Deliver | DeliverScores | Ended]
 
 
-def _size(item: Deliver | Ended) -> int:
-    if isinstance(item, Ended):
-        return _EVENT_BYTES
+def _size(item: Deliver | DeliverScores | Ended) -> int:
+    if not isinstance(item, Deliver):
+        return _EVENT_BYTES  # a prompt's logprobs are bounded by themselves (plan.py)
     alternatives = sum(1 + len(entry.top_ids) for entry in item.tokens.logprobs)
     return _EVENT_BYTES + _TOKEN_BYTES * len(item.tokens.token_ids) + _LOGPROB_BYTES * alternatives
 
@@ -42,7 +42,7 @@ class Inbox:
         self._closed = False
         self.listener: Callable[[], None] | None = None  # told in place of `take`, which nobody waits in then
 
-    def put(self, prompt_index: int, item: Deliver | Ended) -> None:
+    def put(self, prompt_index: int, item: Deliver | DeliverScores | Ended) -> None:
         """Add an arrival. After `close`: dropped."""
         if self._closed:
             return

@@ -18,17 +18,32 @@ MAX_TIMEOUT_MS = 3_600_000
 MAX_CONTEXTS_PER_REQUEST = 32
 # no token of a usual vocabulary is longer, so a text of more bytes than this x context can't fit
 MAX_BYTES_PER_TOKEN = 256
+# prompt tokens x (1 + alternatives) x n of one HTTP request: 20 MB of JSON; 1 MB where it is written on the event loop
+MAX_SCORES = 1 << 18
+MAX_STREAMED_SCORES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One Submit per prompt. `prompts` are int32 little-endian; `deadline` is monotonic seconds."""
+    """One Submit per prompt. `prompts` are int32 little-endian; `deadline` is monotonic seconds.
+
+    `echo` has the prompts' texts where answers begin with them. Lower `priority` is sooner. `label` is the client's.
+    """
 
     request_id: str
     prompts: tuple[bytes, ...]
     params: SamplingParams
     seeds: tuple[tuple[int, ...], ...]
     deadline: float
+    echo: tuple[str, ...] = ()
+    cache_salt: bytes = b""
+    priority: int = 0
+    label: str = ""
+
+    @property
+    def shows_prompt(self) -> bool:
+        """Whether answers say something of their prompts."""
+        return bool(self.echo) or self.params.prompt_logprobs is not None
 
     @property
     def num_choices(self) -> int:
@@ -119,10 +134,12 @@ def make_plan(
     request_id: str,
     max_model_len: int,
     deadline: float,
+    echo: Sequence[str] = (),
 ) -> Plan:
     """The plan of a checked, tokenised request. Raises RequestError context_length_exceeded."""
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
     check_cost(request, [(len(prompt), True) for prompt in prompts], max_model_len, param)
+    _check_scores(request, prompts, params)
     longest = max(len(prompt) for prompt in prompts)
     return Plan(
         request_id=request_id,
@@ -130,4 +147,25 @@ def make_plan(
         params=fit_tokens(request, params, longest, max_model_len),
         seeds=tuple(draw_seeds(params) for _ in prompts),
         deadline=deadline,
+        echo=tuple(echo),
+        cache_salt=(request.cache_salt or "").encode(),
+        priority=request.priority,
+        label=request.request_id or "",
     )
+
+
+def _check_scores(
+    request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> None:
+    """Bound what prompt logprobs take in memory and on the event loop."""
+    if params.prompt_logprobs is None:
+        return
+    count = sum(len(prompt) for prompt in prompts) * (1 + params.prompt_logprobs) * params.n
+    limit = MAX_STREAMED_SCORES if request.stream else MAX_SCORES
+    if count > limit:
+        how = " in a stream" if request.stream else ""
+        raise RequestError(
+            "invalid_value",
+            f"Prompt tokens x (1 + alternatives) x n may be at most {limit}{how}, and are {count}.",
+            param=request.scores_param,
+        )

@@ -19,7 +19,7 @@ from cluster.metrics import RouterMetrics
 from cluster.router.answer import Delta
 from cluster.router.call import Call
 from cluster.router.openai.answers import AnswerFormat
-from cluster.router.stream import PENDING, AnswerOptions, EventStream
+from cluster.router.stream import PENDING, AnswerOptions, EventStream, label_header
 
 # tokens with logprobs in one body above which it is written off the event loop (20 alternatives each: some 10 ms)
 INLINE_LOGPROBS = 500
@@ -75,12 +75,13 @@ class GenerationResponse(Response):
         def encode() -> bytes:
             return orjson.dumps(self._format.body([_join(index, parts[index]) for index in parts], call.usage))
 
-        num_logprobs = sum(len(delta.tokens) for deltas in parts.values() for delta in deltas)
+        num_logprobs = sum(delta.num_logprobs for deltas in parts.values() for delta in deltas)
         body = encode() if num_logprobs <= INLINE_LOGPROBS else await asyncio.to_thread(encode)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"x-neap-path", (call.path or PENDING).encode()),
+            *label_header(call.plan.label),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -101,6 +102,7 @@ def _join(choice: int, deltas: list[Delta]) -> Delta:
         tokens=[pair for delta in deltas for pair in delta.tokens],
         finish_reason=deltas[-1].finish_reason,
         stop_reason=deltas[-1].stop_reason,
+        prompt=deltas[0].prompt,
     )
 
 

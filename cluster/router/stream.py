@@ -30,6 +30,11 @@ PENDING = "pending"  # x-neap-path, while it is not known
 _MARK = "\ue000\ue001text\ue001\ue000"
 
 
+def label_header(label: str) -> list[tuple[bytes, bytes]]:
+    """The client's request_id, given back; it names nothing in here. Checked by openai/fields.py."""
+    return [(b"x-neap-label", label.encode())] if label else []
+
+
 class ChunkWriter(Protocol):
     """Writes parts of a body whose head has gone, past ASGI (protocol.py). `on_resume`: the client takes more again."""
 
@@ -178,7 +183,8 @@ class EventStream:
                 first = self._format.first_chunk(choice)
                 if first is not None:
                     pieces.append(self._event(first))
-            cut = self._cut(choice) if delta.finish_reason is None and not delta.tokens else None
+            is_plain = delta.finish_reason is None and not delta.tokens and delta.prompt is None
+            cut = self._cut(choice) if is_plain else None
             if cut is not None:
                 pieces += (cut[0], orjson.dumps(delta.text), cut[1])
                 continue
@@ -211,7 +217,8 @@ class EventStream:
             return
         self._started = True
         self._header_said_pending = self._call.path is None
-        headers = [*sse.HEADERS, (b"x-neap-path", (self._call.path or PENDING).encode())]
+        path = (b"x-neap-path", (self._call.path or PENDING).encode())
+        headers = [*sse.HEADERS, path, *label_header(self._call.plan.label)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _body(self, body: bytes, *, more: bool = True) -> None:

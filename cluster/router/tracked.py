@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from cluster.router.decision import Decision
 from cluster.router.effects import Submit
 from cluster.router.kv_index import PrefixHint
-from cluster.types import Choice, Dispatch, Path, SourceRef, Tokens, WorkerInfo
+from cluster.types import Choice, Dispatch, Path, PromptScores, SourceRef, Tokens, WorkerInfo
 
 MAX_HISTORY = 16
 Verdict = Literal["accept", "duplicate", "gap"]
@@ -57,6 +57,7 @@ class Tracked:
     avoid: set[str] = field(default_factory=set)
     answered: bool = False  # any token of the current attempt was accepted
     path: Path | None = None
+    num_scores: int = 0  # prompt tokens after the first whose logprobs were accepted
     history: deque[HistoryItem] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
 
     @property
@@ -109,6 +110,7 @@ class Tracked:
                 for info in sources
             ),
             cache_salt=submit.cache_salt,
+            priority=submit.priority,
         )
 
     def judge(self, tokens: Tokens) -> Verdict:
@@ -128,6 +130,15 @@ class Tracked:
         choice.finished = tokens.finish_reason is not None
         self.answered = True
         self.path = tokens.path or self.path
+
+    def accept_scores(self, scores: PromptScores) -> PromptScores | None:
+        """What of these is new: a later attempt tells the prompt's logprobs from the start. None: some are missing."""
+        num_known = self.num_scores + 1 - scores.first_position
+        if num_known < 0:
+            return None
+        fresh = replace(scores, first_position=self.num_scores + 1, logprobs=scores.logprobs[num_known:])
+        self.num_scores += len(fresh.logprobs)
+        return fresh
 
     def note(self, at: float, event: str, worker_id: str = "") -> None:
         """Add to the history."""

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.metrics import RouterMetrics
-from cluster.router.effects import Deliver, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
+from cluster.router.effects import Deliver, DeliverScores, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
 from cluster.types import Entry, Heartbeat, RouterMessage, WorkerInfo
 
 MAX_WORKERS = 4096
 
 log = logging.getLogger("neap.router")
 
-Receive = Callable[[Deliver | Progress | Ended], None]
+Receive = Callable[[Deliver | DeliverScores | Progress | Ended], None]
 
 
 class Link(Protocol):
@@ -237,6 +237,8 @@ class WorkerLinks:
                 self._hand_over(effect.tokens.request_id, effect)
             elif isinstance(effect, Progress):
                 self._hand_over(effect.request_id, effect)
+            elif isinstance(effect, DeliverScores):
+                self._hand_over(effect.scores.request_id, effect)
             elif isinstance(effect, Ended):
                 if effect.code is not None:
                     level = logging.INFO if effect.code == "deadline_exceeded" else logging.WARNING
@@ -248,7 +250,7 @@ class WorkerLinks:
                 self._drop(effect)  # its on_down comes from the link's own task, after these effects
         self._arm()
 
-    def _hand_over(self, request_id: str, effect: Deliver | Progress | Ended) -> None:
+    def _hand_over(self, request_id: str, effect: Deliver | DeliverScores | Progress | Ended) -> None:
         receive = self._receivers.get(request_id)
         if receive is None:
             return

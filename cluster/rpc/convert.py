@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
+
 from cluster.rpc.convert_profile import peer_from_pb, peer_to_pb, profile_from_pb, profile_to_pb
 from cluster.rpc.pb import messages_pb2 as m
 from cluster.rpc.pb import worker_pb2 as w
@@ -23,6 +25,7 @@ from cluster.types import (
     Heartbeat,
     News,
     Path,
+    PromptScores,
     Release,
     RouterMessage,
     SourceFailed,
@@ -125,14 +128,25 @@ def source_from_pb(pb: m.Source) -> SourceRef:
 
 
 def params_to_pb(params: SamplingParams) -> m.Sampling:
-    """Stop strings, n and seed stay with the router: it matches text, and each choice has its own seed."""
+    """Texts, n and seed stay with the router: it matches text, and each choice has its own seed."""
     assert params.max_tokens is not None, "the router sets max_tokens"
     return m.Sampling(
         logit_bias=params.logit_bias,
         stop_token_ids=params.stop_token_ids,
         logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+        allowed_token_ids=_ids_to_bytes(params.allowed_token_ids),
+        bad_token_sequences=[_ids_to_bytes(ids) for ids in params.bad_token_sequences],
         **{name: getattr(params, name) for name in _SAMPLING_PLAIN},
     )
+
+
+def _ids_to_bytes(ids: tuple[int, ...]) -> bytes:
+    return np.array(ids, dtype="<i4").tobytes() if ids else b""
+
+
+def _ids_from_bytes(data: bytes, name: str) -> tuple[int, ...]:
+    return tuple(np.frombuffer(check_tokens(data, name), dtype="<i4").tolist()) if data else ()
 
 
 def params_from_pb(pb: m.Sampling) -> SamplingParams:
@@ -141,6 +155,9 @@ def params_from_pb(pb: m.Sampling) -> SamplingParams:
             logit_bias=dict(pb.logit_bias),
             stop_token_ids=tuple(pb.stop_token_ids),
             logprobs=pb.logprobs if pb.HasField("logprobs") else None,
+            prompt_logprobs=pb.prompt_logprobs if pb.HasField("prompt_logprobs") else None,
+            allowed_token_ids=_ids_from_bytes(pb.allowed_token_ids, "allowed_token_ids"),
+            bad_token_sequences=tuple(_ids_from_bytes(ids, "bad_token_sequences") for ids in pb.bad_token_sequences),
             **{name: getattr(pb, name) for name in _SAMPLING_PLAIN},
         )
     except ValueError as error:
@@ -157,6 +174,7 @@ def dispatch_to_pb(dispatch: Dispatch) -> w.Dispatch:
         choices=[w.Choice(index=c.index, seed=c.seed, outputs=c.outputs) for c in dispatch.choices],
         sampling=params_to_pb(dispatch.params),
         cache_salt=dispatch.cache_salt,
+        priority=dispatch.priority,
         remaining_ms=dispatch.remaining_ms,
         sources=[source_to_pb(source) for source in dispatch.sources],
     )
@@ -180,6 +198,7 @@ def dispatch_from_pb(pb: w.Dispatch) -> Dispatch:
         remaining_ms=pb.remaining_ms,
         sources=tuple(source_from_pb(source) for source in pb.sources),
         cache_salt=pb.cache_salt,
+        priority=pb.priority,
     )
 
 
@@ -240,6 +259,9 @@ def entry_to_pb(entry: Entry) -> w.Entry:
     elif isinstance(entry, News):
         news = w.News(stage=entry.stage, computed_tokens=entry.computed_tokens, queue_ms=entry.queue_ms)
         pb.news.CopyFrom(news)
+    elif isinstance(entry, PromptScores):
+        pb.prompt_scores.first_position = entry.first_position
+        pb.prompt_scores.logprobs.extend(_logprobs_to_pb(logprobs) for logprobs in entry.logprobs)
     elif isinstance(entry, SourceFailed):
         pb.source_failed.source_id = entry.source_id
         pb.source_failed.source_incarnation = entry.source_incarnation
@@ -267,6 +289,13 @@ def entry_from_pb(pb: w.Entry) -> Entry:
         )
     if kind == "failed":
         return Failed(request_id=pb.request_id, attempt=pb.attempt, code=pb.failed.code, message=pb.failed.message)
+    if kind == "prompt_scores":
+        return PromptScores(
+            request_id=pb.request_id,
+            attempt=pb.attempt,
+            first_position=pb.prompt_scores.first_position,
+            logprobs=tuple(_logprobs_from_pb(logprobs) for logprobs in pb.prompt_scores.logprobs),
+        )
     if kind == "source_failed":
         return _source_failed_from_pb(pb)
     if kind == "cache":

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from cluster.types import AbortRequest, Dispatch, Entry, News, RouterMessage, Tokens
+from cluster.types import AbortRequest, CacheNews, Dispatch, Entry, News, PromptScores, RouterMessage, Tokens
 
 MAX_DISPATCH_BYTES = 64 << 20
 MAX_MESSAGES = 8192
+_KEYS_PER_TOKEN = 256  # bytes of cache news that weigh as much as one token
 _MESSAGE_BYTES = 256  # what a message weighs beside its tokens
 
 
@@ -68,7 +69,7 @@ class WorkerOutbox:
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._entries: list[Entry] = []
-        self._last: dict[tuple[str, int, int], int] = {}  # (request, attempt, choice; -1 for news) -> index
+        self._last: dict[tuple[str, int, int], int] = {}  # (request, attempt, choice; -1 news, -2 prompt) -> index
         self._weight = 0
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class WorkerOutbox:
 
     def put(self, entry: Entry) -> None:
         """Queue an entry, melted into the one of the same choice where that says the same in one piece."""
-        choice = entry.choice if isinstance(entry, Tokens) else -1
+        choice = entry.choice if isinstance(entry, Tokens) else -2 if isinstance(entry, PromptScores) else -1
         key = (entry.request_id, entry.attempt, choice)
         index = self._last.get(key)
         if index is not None:
@@ -102,6 +103,10 @@ class WorkerOutbox:
 
 
 def _entry_weight(entry: Entry) -> int:
+    if isinstance(entry, CacheNews):
+        return 1 + (len(entry.stored) + len(entry.evicted)) // _KEYS_PER_TOKEN
+    if isinstance(entry, PromptScores):
+        return 1 + len(entry.logprobs)
     return 1 + len(entry.token_ids) if isinstance(entry, Tokens) else 1
 
 

@@ -15,7 +15,7 @@ Effects come in the order in which they are to be done. `next_timer` is an absol
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from cluster.types import (
     FetchReply,
     News,
     Path,
+    PromptScores,
     Release,
     Stage,
     Tokens,
@@ -39,7 +40,7 @@ from cluster.worker.decode_request import TOKEN_BYTES, DecodeRequest, TimerKey
 from cluster.worker.effects import Effect, SendEntry, ToEngine
 from cluster.worker.pull import Puller
 from engine.kv.layout import KVLayout
-from engine.messages import Abort, Add, NewTokens, NoSpace, Probed, PullClosed, Reserved, StepEvents
+from engine.messages import Abort, Add, NewTokens, NoSpace, Probed, PromptLogprobs, PullClosed, Reserved, StepEvents
 from engine.request import FinishReason
 
 REMEMBERED_ATTEMPTS = 8192
@@ -186,6 +187,8 @@ class DecodeMachine:
         for reply in events.replies:
             if isinstance(reply, Probed | Reserved | NoSpace) and reply.request_id.startswith(_PREFIX):
                 effects += self._on_reply(now, reply)
+            elif isinstance(reply, PromptLogprobs):
+                effects += self._on_scores(reply)
         for tokens in events.tokens:
             if tokens.request_id.startswith(_PREFIX):
                 effects += self._on_tokens(now, tokens)
@@ -200,6 +203,18 @@ class DecodeMachine:
         # the abort overtook the Reserve in the rings: nothing was ever copied, so close what it reserved
         gone = (Abort(request_id=reply.request_id), PullClosed(request_id=reply.request_id, num_computed_tokens=0))
         return [ToEngine(command=command) for command in gone]
+
+    def _on_scores(self, reply: PromptLogprobs) -> list[Effect]:
+        request = self._by_engine_id.get(reply.request_id)
+        if request is None or reply.request_id not in request.running:
+            return []
+        entry = PromptScores(
+            request_id=request.request_id,
+            attempt=request.dispatch.attempt,
+            first_position=reply.first_position,
+            logprobs=reply.logprobs,
+        )
+        return [SendEntry(link_id=request.link_id, entry=entry)]
 
     def _on_tokens(self, now: float, tokens: NewTokens) -> list[Effect]:
         request = self._by_engine_id.get(tokens.request_id)
@@ -230,11 +245,12 @@ class DecodeMachine:
             num_cached_tokens=self._num_cached(request, tokens),
             path=request.path if first else None,
         )
+        held, request.held = request.held, ()
         if tokens.finish_reason is not None:
             del request.running[tokens.request_id]
             if not request.running:
                 self._forget(request)
-        return [SendEntry(link_id=request.link_id, entry=entry)]
+        return [SendEntry(link_id=request.link_id, entry=entry), *(ToEngine(command=add) for add in held)]
 
     # ---- what a pull reports (PullOwner)
 
@@ -246,7 +262,10 @@ class DecodeMachine:
         self.counters[path] += 1
         if path != "prefill-decode" and request.num_calls:
             self.counters["computed_here_after_all"] += 1
-        return [ToEngine(command=add) for add in request.adds[1 if pulled else 0 :]]
+        adds = request.adds[1 if pulled else 0 :]
+        if request.dispatch.params.prompt_logprobs is not None and not pulled:
+            adds, request.held = adds[:1], adds[1:]
+        return [ToEngine(command=add) for add in adds]
 
     def fail(self, request: DecodeRequest, code: str, message: str) -> list[Effect]:
         """End a request with an error."""
@@ -259,17 +278,22 @@ class DecodeMachine:
             del self._by_engine_id[add.request_id]
         self._num_names += 1
         dispatch = request.dispatch
+        # the prompt's logprobs are the same for all choices: the first one tells them
+        others = dispatch.params
+        if others.prompt_logprobs is not None:
+            others = replace(others, prompt_logprobs=None)
         request.adds = tuple(
             Add(
                 request_id=f"{_PREFIX}{dispatch.request_id}:{dispatch.attempt}:{self._num_names}:{choice.index}",
                 prompt=dispatch.prompt,
-                params=dispatch.params,
+                params=others if i else dispatch.params,
                 seed=choice.seed,
                 choice=choice.index,
                 outputs=choice.outputs,
                 cache_salt=dispatch.cache_salt,
+                priority=dispatch.priority,
             )
-            for choice in dispatch.choices
+            for i, choice in enumerate(dispatch.choices)
         )
         for add in request.adds:
             self._by_engine_id[add.request_id] = request

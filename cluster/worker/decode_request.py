@@ -39,6 +39,7 @@ class DecodeRequest:
     pulling: bool = True
     running: dict[str, int] = field(default_factory=dict)  # engine id -> choice, of those that have not finished
     path: Path | None = None
+    held: tuple[Add, ...] = ()  # choices that wait for the first one's first token
     answered: set[int] = field(default_factory=set)  # choices whose first token went up
     stage: Stage = "queued"
     computed_tokens: int = 0

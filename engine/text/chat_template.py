@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 MAX_RENDERED_CHARS = 16 << 20
@@ -33,7 +34,23 @@ ERNIE_TEXT_TEMPLATE = (
 )
 _ERNIE_TOKENS = {"cls_token": "<|begin_of_sentence|>", "sep_token": "<|end_of_sentence|>"}
 
+# what a request may set in its chat_template_kwargs -> values that ask for nothing where there is no switch
+TEMPLATE_SWITCHES: dict[str, tuple[object, ...]] = {
+    "enable_thinking": (False,),
+    "options": ({"thinking_mode": "close"},),
+}
+THINKING_MODES = ("open", "close")
+
 Message = dict[str, str]
+
+
+class SwitchError(ValueError):
+    """A chat_template_kwargs entry that cannot be followed. `name` is its key; `known` whether the key is allowed."""
+
+    def __init__(self, name: str, message: str, *, known: bool) -> None:
+        self.name = name
+        self.known = known
+        super().__init__(message)
 
 
 def check_messages(messages: object) -> list[Message]:
@@ -94,9 +111,29 @@ class ChatTemplate:
         self.source = ERNIE_TEXT_TEMPLATE if source is None else source
         self._special_tokens = {**_ERNIE_TOKENS, **special_tokens} if source is None else dict(special_tokens)
         try:
-            self._template = _environment().from_string(self.source)
+            environment = _environment()
+            self._template = environment.from_string(self.source)
+            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(self.source))
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from error
+
+    def check_switches(self, switches: Mapping[str, object]) -> dict[str, object]:
+        """chat_template_kwargs of a client: of the allow-list, of the right type, and looked at by this template.
+
+        Raises SwitchError (a ValueError).
+        """
+        for name, value in switches.items():
+            if name not in TEMPLATE_SWITCHES:
+                known = ", ".join(TEMPLATE_SWITCHES)
+                raise SwitchError(name, f"chat_template_kwargs may hold {known}", known=False)
+            if name == "enable_thinking" and not isinstance(value, bool):
+                raise SwitchError(name, "enable_thinking must be true or false", known=True)
+            if name == "options" and value not in [{"thinking_mode": mode} for mode in THINKING_MODES]:
+                modes = " or ".join(THINKING_MODES)
+                raise SwitchError(name, f'options must be {{"thinking_mode": ...}} with {modes}', known=True)
+            if name not in self._variables and value not in TEMPLATE_SWITCHES[name]:
+                raise SwitchError(name, f"this model's chat template has no switch {name}", known=False)
+        return dict(switches)
 
     def render(
         self,

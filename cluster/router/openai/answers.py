@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.router.answer import Delta
+from cluster.router.answer import Delta, PromptPart
 from engine.scheduler.batch import TokenLogprobs
 
 Json = dict[str, Any]
@@ -70,13 +70,42 @@ def _token(text: bytes) -> str:
     return text.decode("utf-8", "replace")
 
 
-class ChatFormat:
-    """chat.completion and chat.completion.chunk."""
+def _pairs(entry: TokenLogprobs, num_top: int) -> list[tuple[int, float]]:
+    return list(zip(entry.top_ids[:num_top], entry.top_logprobs[:num_top], strict=True))
 
-    def __init__(self, head: AnswerHead, *, logprobs: int | None, token_bytes: TokenBytes):
+
+def prompt_logprobs(part: PromptPart, num_top: int, token_bytes: TokenBytes) -> list[Json | None]:
+    """vLLM's form: per prompt token (null for the first) its id and the likeliest ids, with logprob, rank and text.
+
+    The rank of a token that is not among the likeliest ones is null.
+    """
+    scored: list[Json | None] = [None]
+    for token_id, entry in zip(part.token_ids[1:], part.logprobs, strict=True):
+        top = _pairs(entry, num_top)
+        ranks = {top_id: rank for rank, (top_id, _) in enumerate(top, start=1)}
+        scored.append(
+            {
+                str(shown): {
+                    "logprob": _clamp(logprob),
+                    "rank": ranks.get(shown),
+                    "decoded_token": _token(token_bytes(shown)),
+                }
+                for shown, logprob in [(token_id, entry.logprob), *top]
+            }
+        )
+    return scored
+
+
+class ChatFormat:
+    """chat.completion and chat.completion.chunk. `num_scores`: alternatives per prompt token, None for none."""
+
+    def __init__(
+        self, head: AnswerHead, *, logprobs: int | None, token_bytes: TokenBytes, num_scores: int | None = None
+    ):
         self._head = {"id": head.id, "created": head.created, "model": head.model}
         self._logprobs = logprobs
         self._token_bytes = token_bytes
+        self._num_scores = num_scores
 
     def first_chunk(self, choice: int) -> Json:
         """delta.role, with empty content."""
@@ -88,6 +117,8 @@ class ChatFormat:
         chunk = self._chunk(delta.choice, content, self._token_logprobs(delta), delta.finish_reason)
         if delta.stop_reason is not None:
             chunk["choices"][0]["stop_reason"] = delta.stop_reason
+        if delta.prompt is not None and delta.choice == 0:
+            chunk |= self._scores(delta)
         return chunk
 
     def _chunk(self, choice: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
@@ -110,7 +141,13 @@ class ChatFormat:
             }
             for delta in choices
         ]
-        return {**self._head, "object": "chat.completion", "choices": entries, "usage": usage.to_json()}
+        scores = self._scores(choices[0])
+        return {**self._head, "object": "chat.completion", "choices": entries, "usage": usage.to_json(), **scores}
+
+    def _scores(self, delta: Delta) -> Json:
+        if delta.prompt is None or self._num_scores is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(delta.prompt, self._num_scores, self._token_bytes)}
 
     def _token_logprobs(self, delta: Delta) -> Json | None:
         if self._logprobs is None or not delta.tokens:
@@ -118,8 +155,7 @@ class ChatFormat:
         return {"content": [self._entry(*pair) for pair in delta.tokens], "refusal": None}
 
     def _entry(self, token_id: int, entry: TokenLogprobs) -> Json:
-        pairs = list(zip(entry.top_ids, entry.top_logprobs, strict=True))[: self._logprobs]
-        top = [self._alternative(top_id, logprob) for top_id, logprob in pairs]
+        top = [self._alternative(top_id, logprob) for top_id, logprob in _pairs(entry, self._logprobs or 0)]
         return {**self._alternative(token_id, entry.logprob), "top_logprobs": top}
 
     def _alternative(self, token_id: int, logprob: float) -> Json:
@@ -128,13 +164,23 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """text_completion, whole and in chunks."""
+    """text_completion, whole and in chunks. `echo`: texts begin with the prompt; `num_scores` as in ChatFormat."""
 
-    def __init__(self, head: AnswerHead, *, logprobs: int | None, token_bytes: TokenBytes):
+    def __init__(
+        self,
+        head: AnswerHead,
+        *,
+        logprobs: int | None,
+        token_bytes: TokenBytes,
+        num_scores: int | None = None,
+        echo: bool = False,
+    ):
         self._head = {"id": head.id, "object": "text_completion", "created": head.created, "model": head.model}
         self._logprobs = logprobs
         self._token_bytes = token_bytes
         self._offsets: dict[int, int] = {}
+        self._num_scores = num_scores
+        self._echo = echo
 
     def first_chunk(self, choice: int) -> None:
         """Completions have no role to tell."""
@@ -153,18 +199,29 @@ class CompletionFormat:
         return {**self._head, "choices": [self._choice(delta) for delta in choices], "usage": usage.to_json()}
 
     def _choice(self, delta: Delta) -> Json:
-        return {
+        echoed = delta.prompt.text if self._echo and delta.prompt is not None else ""
+        choice = {
             "index": delta.choice,
-            "text": delta.text,
+            "text": echoed + delta.text,
             "logprobs": self._token_logprobs(delta),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if delta.prompt is not None and self._num_scores is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(delta.prompt, self._num_scores, self._token_bytes)
+        return choice
 
     def _token_logprobs(self, delta: Delta) -> Json | None:
-        if self._logprobs is None or not delta.tokens:
+        if self._logprobs is None:
             return None
-        texts = [_token(self._token_bytes(token_id)) for token_id, _ in delta.tokens]
+        entries: list[tuple[int, TokenLogprobs | None]] = []
+        if self._echo and delta.prompt is not None:
+            # nothing comes before the first token that it could be likely after
+            entries += zip(delta.prompt.token_ids, [None, *delta.prompt.logprobs], strict=True)
+        entries += delta.tokens
+        if not entries:
+            return None
+        texts = [_token(self._token_bytes(token_id)) for token_id, _ in entries]
         offset = self._offsets.get(delta.choice, 0)
         offsets: list[int] = []
         for text in texts:
@@ -173,14 +230,16 @@ class CompletionFormat:
         self._offsets[delta.choice] = offset
         return {
             "tokens": texts,
-            "token_logprobs": [_clamp(entry.logprob) for _, entry in delta.tokens],
-            "top_logprobs": [self._top(entry) for _, entry in delta.tokens] if self._logprobs else None,
+            "token_logprobs": [None if entry is None else _clamp(entry.logprob) for _, entry in entries],
+            "top_logprobs": [self._top(entry) for _, entry in entries] if self._logprobs else None,
             "text_offset": offsets,
         }
 
-    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+    def _top(self, entry: TokenLogprobs | None) -> dict[str, float] | None:
+        if entry is None:
+            return None
         top: dict[str, float] = {}
-        for token_id, logprob in list(zip(entry.top_ids, entry.top_logprobs, strict=True))[: self._logprobs]:
+        for token_id, logprob in _pairs(entry, self._logprobs or 0):
             # two tokens may read the same; the likelier one comes first and stays
             top.setdefault(_token(self._token_bytes(token_id)), _clamp(logprob))
         return top

@@ -26,11 +26,22 @@ class CompletionRequest(GenerationFields):
         | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
     )
     logprobs: int | None = None
+    echo: bool = False
 
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives per token, None for no logprobs at all."""
         return self.logprobs
+
+    @property
+    def is_echo_only(self) -> bool:
+        """Whether nothing but the prompt is wanted back."""
+        return self.echo and self.max_tokens == 0
+
+    @property
+    def scores_param(self) -> str:
+        """The field that asks for logprobs of the prompt."""
+        return "prompt_logprobs" if self.prompt_logprobs is not None else "echo"
 
     @property
     def asked_tokens(self) -> tuple[str, int]:

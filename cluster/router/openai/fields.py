@@ -36,12 +36,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "prompt_cache_key": (),
     "include_stop_str_in_output": _FALSE,
     "spaces_between_special_tokens": (True,),
-    "bad_words": (),
-    "bad_words_token_ids": (),
-    "allowed_token_ids": (),
     "logprob_token_ids": (),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "return_token_ids": _FALSE,
     "return_tokens_as_token_ids": _FALSE,
     "use_beam_search": _FALSE,
@@ -53,28 +48,25 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "chat_template": (),
-    "chat_template_kwargs": (),
-    "add_generation_prompt": (True,),
     "continue_final_message": _FALSE,
     "documents": (),
     "thinking_token_budget": (),
     "reasoning_max_tokens": (),
     "include_reasoning": (True,),
-    "priority": (0,),
-    "request_id": (),
     "session_id": (),
-    "cache_salt": (),
     "kv_transfer_params": (),
-    "echo": _FALSE,
     "suffix": (),
     "best_of": (1,),
 }
 NEUTRAL_BY_ENDPOINT: dict[str, dict[str, tuple[object, ...]]] = {
-    "chat": {"add_special_tokens": _FALSE},
-    "completions": {"add_special_tokens": (True,)},
+    "chat": {"add_special_tokens": _FALSE, "echo": _FALSE},
+    "completions": {"add_special_tokens": (True,), "chat_template_kwargs": (), "add_generation_prompt": (True,)},
 }
 _NEUTRAL_MESSAGE: dict[str, tuple[object, ...]] = {"tool_calls": (), "refusal": (), "annotations": ()}
 _NEUTRAL_STREAM_OPTIONS: dict[str, tuple[object, ...]] = {"include_obfuscation": _FALSE}
+
+MAX_SALT_CHARS = 256
+MAX_LABEL_CHARS = 128  # printable ASCII: it goes back as a header
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -139,6 +131,19 @@ class GenerationFields(BaseModel):
     min_tokens: int = 0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = None
+    bad_words_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] = 0
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] | None = None
+    request_id: Annotated[str, Field(max_length=MAX_LABEL_CHARS, pattern=r"^[!-~]*$")] | None = None
+
+    @property
+    def scores_param(self) -> str:
+        """The field that asks for logprobs of the prompt."""
+        return "prompt_logprobs"
 
 
 class Message(BaseModel):
@@ -211,5 +216,6 @@ _NAMES = (
     frozenset(GenerationFields.model_fields)
     | frozenset(StreamOptions.model_fields)
     | frozenset(Message.model_fields)
-    | {"messages", "prompt", "logprobs", "top_logprobs", "max_completion_tokens"}
+    | {"messages", "prompt", "logprobs", "top_logprobs", "max_completion_tokens", "echo"}
+    | {"chat_template_kwargs", "add_generation_prompt"}
 )

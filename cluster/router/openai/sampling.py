@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from cluster.errors import RequestError
@@ -57,7 +57,8 @@ def sampling_params(
 
     asked = request.asked_tokens
     bias = _logit_bias(request.logit_bias or {}, vocab_size)
-    _check_ids(request.stop_token_ids or [], vocab_size, "stop_token_ids")
+    for name in ("stop_token_ids", "allowed_token_ids", "bad_words_token_ids"):
+        _check_ids(getattr(request, name) or [], vocab_size, name)
     try:
         return SamplingParams(
             n=request.n,
@@ -72,14 +73,31 @@ def sampling_params(
             stop=() if request.stop is None else request.stop if isinstance(request.stop, str) else tuple(request.stop),
             stop_token_ids=(*(request.stop_token_ids or ()), *(() if request.ignore_eos else eos_token_ids)),
             min_tokens=request.min_tokens,
-            max_tokens=asked[1] if asked else None,
+            max_tokens=1 if _is_echo_only(request) else asked[1] if asked else None,
             ignore_eos=request.ignore_eos,
             seed=None if request.seed is None else request.seed & ((1 << SEED_BITS) - 1),
             logprobs=request.num_logprobs,
             skip_special_tokens=request.skip_special_tokens,
+            bad_words=tuple(request.bad_words or ()),
+            bad_token_sequences=tuple((token,) for token in request.bad_words_token_ids or ()),
+            allowed_token_ids=tuple(request.allowed_token_ids or ()),
+            prompt_logprobs=_prompt_logprobs(request),
+            truncate_prompt_tokens=request.truncate_prompt_tokens,
         )
     except ValueError as error:
         raise _named(request, str(error)) from None
+
+
+def _is_echo_only(request: ChatRequest | CompletionRequest) -> bool:
+    return isinstance(request, CompletionRequest) and request.is_echo_only
+
+
+def _prompt_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    """Alternatives per prompt token: as asked, or as an echo with logprobs shows them."""
+    asked = [] if request.prompt_logprobs is None else [request.prompt_logprobs]
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        asked.append(request.logprobs)
+    return max(asked, default=None)
 
 
 def _named(request: ChatRequest | CompletionRequest, message: str) -> RequestError:
@@ -90,6 +108,10 @@ def _named(request: ChatRequest | CompletionRequest, message: str) -> RequestErr
         name = asked[0]
     elif name == "logprobs" and isinstance(request, ChatRequest):
         name = "top_logprobs"
+    elif name == "prompt_logprobs" and request.prompt_logprobs is None:
+        name = "logprobs"
+    elif name == "bad_words" and not request.bad_words:
+        name = "bad_words_token_ids"
     return RequestError("invalid_value", f"{name} {rest}", param=name)
 
 
@@ -108,6 +130,16 @@ def _check_ids(ids: list[int], vocab_size: int, name: str) -> None:
     limit = vocab_size or _MAX_TOKEN_ID
     if any(not 0 <= token < limit for token in ids):
         raise RequestError("invalid_value", f"{name}: token ids must be in [0, {limit}).", param=name)
+
+
+def with_bad_words(params: SamplingParams, sequences: tuple[tuple[int, ...], ...]) -> SamplingParams:
+    """Add the tokens of bad words. Raises RequestError when a word has too many."""
+    if not sequences:
+        return params
+    try:
+        return replace(params, bad_token_sequences=(*params.bad_token_sequences, *sequences))
+    except ValueError as error:
+        raise RequestError("invalid_value", str(error), param="bad_words") from None
 
 
 def check_token_ids(ids: list[int], vocab_size: int) -> None:

@@ -36,7 +36,7 @@ class Choice(_message.Message):
     def __init__(self, index: _Optional[int] = ..., seed: _Optional[int] = ..., outputs: _Optional[bytes] = ...) -> None: ...
 
 class Dispatch(_message.Message):
-    __slots__ = ("request_id", "attempt", "incarnation", "epoch", "prompt", "choices", "sampling", "cache_salt", "remaining_ms", "sources", "adapters", "media_hashes")
+    __slots__ = ("request_id", "attempt", "incarnation", "epoch", "prompt", "choices", "sampling", "cache_salt", "remaining_ms", "sources", "priority", "adapters", "media_hashes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class Dispatch(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MEDIA_HASHES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
@@ -59,9 +60,10 @@ class Dispatch(_message.Message):
     cache_salt: bytes
     remaining_ms: int
     sources: _containers.RepeatedCompositeFieldContainer[_messages_pb2.Source]
+    priority: int
     adapters: _containers.RepeatedScalarFieldContainer[str]
     media_hashes: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., prompt: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., sampling: _Optional[_Union[_messages_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., remaining_ms: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[_messages_pb2.Source, _Mapping]]] = ..., adapters: _Optional[_Iterable[str]] = ..., media_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., prompt: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., sampling: _Optional[_Union[_messages_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., remaining_ms: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[_messages_pb2.Source, _Mapping]]] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., media_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -122,7 +124,7 @@ class Batch(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("request_id", "attempt", "tokens", "news", "failed", "source_failed", "cache")
+    __slots__ = ("request_id", "attempt", "tokens", "news", "failed", "source_failed", "cache", "prompt_scores")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +132,7 @@ class Entry(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FAILED_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     tokens: Tokens
@@ -137,7 +140,16 @@ class Entry(_message.Message):
     failed: Failed
     source_failed: SourceFailed
     cache: CacheNews
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., source_failed: _Optional[_Union[SourceFailed, _Mapping]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ...) -> None: ...
+    prompt_scores: PromptScores
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., source_failed: _Optional[_Union[SourceFailed, _Mapping]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ..., prompt_scores: _Optional[_Union[PromptScores, _Mapping]] = ...) -> None: ...
+
+class PromptScores(_message.Message):
+    __slots__ = ("first_position", "logprobs")
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    first_position: int
+    logprobs: _containers.RepeatedCompositeFieldContainer[_messages_pb2.TokenLogprobs]
+    def __init__(self, first_position: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_messages_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("choice", "position", "token_ids", "logprobs", "finish_reason", "stop_token", "num_cached_tokens", "path")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import RequestError
-from cluster.router.openai.chat import parse_chat
-from cluster.router.openai.completions import parse_completion
+from cluster.router.openai.chat import ChatRequest, parse_chat
+from cluster.router.openai.completions import CompletionRequest, parse_completion
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
@@ -18,11 +18,17 @@ IMPLEMENTED: list[tuple[str, Any]] = [
     ("stop", ["x", "y"]), ("seed", -1), ("presence_penalty", 0.5), ("frequency_penalty", -0.5),
     ("logit_bias", {"5": -3}), ("stream", True), ("top_k", 4), ("min_p", 0.1), ("repetition_penalty", 1.1),
     ("min_tokens", 2), ("ignore_eos", True), ("stop_token_ids", [3]), ("skip_special_tokens", False),
-    ("stream_options", {"include_usage": True, "continuous_usage_stats": True}),
+    ("stream_options", {"include_usage": True, "continuous_usage_stats": True}), ("model", "m"),
+    ("bad_words", ["x"]), ("bad_words_token_ids", [3]), ("allowed_token_ids", [1, 2]), ("prompt_logprobs", 0),
+    ("truncate_prompt_tokens", 5), ("truncate_prompt_tokens", -1), ("priority", -7), ("cache_salt", "mine"),
+    ("request_id", "job-7/a"),
 ]  # fmt: skip
-IMPLEMENTED_CHAT: list[tuple[str, Any]] = [("max_completion_tokens", 5), ("logprobs", True)]
+IMPLEMENTED_CHAT: list[tuple[str, Any]] = [
+    ("max_completion_tokens", 5), ("logprobs", True), ("add_generation_prompt", False),
+    ("chat_template_kwargs", {"enable_thinking": False}),
+]  # fmt: skip
 IMPLEMENTED_COMPLETION: list[tuple[str, Any]] = [
-    ("logprobs", 5), ("prompt", [1, 2]), ("prompt", ["a", "b"]), ("prompt", [[1], [2, 3]]),
+    ("logprobs", 5), ("echo", True), ("prompt", [1, 2]), ("prompt", ["a", "b"]), ("prompt", [[1], [2, 3]]),
 ]  # fmt: skip
 
 # field, a value that asks for something, values that ask for nothing (null is tried for all)
@@ -36,34 +42,44 @@ REFUSED: list[tuple[str, Any, list[Any]]] = [
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, []),
     ("reasoning_effort", "high", ["none"]),
     ("include_stop_str_in_output", True, [False]),
-    ("bad_words", ["x"], [[]]),
-    ("allowed_token_ids", [1], [[]]),
     ("logprob_token_ids", [1], [[]]),
-    ("prompt_logprobs", 0, []),
-    ("truncate_prompt_tokens", 5, []),
     ("structured_outputs", {"json": {}}, [{}]),
     ("guided_json", {"type": "object"}, [{}]),
     ("guided_regex", "a+", [""]),
     ("guided_choice", ["a"], [[]]),
     ("guided_grammar", "root ::= x", [""]),
-    ("chat_template_kwargs", {"enable_thinking": False}, [{}]),
     ("chat_template", "{{ messages }}", [""]),
-    ("add_generation_prompt", False, [True]),
     ("continue_final_message", True, [False]),
     ("thinking_token_budget", 5, []),
     ("reasoning_max_tokens", 5, []),
-    ("priority", 1, [0]),
-    ("request_id", "mine", [""]),
     ("session_id", "mine", [""]),
-    ("cache_salt", "salt", [""]),
     ("kv_transfer_params", {"do_remote_decode": True}, [{}]),
-    ("echo", True, [False]),
     ("suffix", "x", [""]),
     ("best_of", 2, [1]),
     ("parallel_tool_calls", "yes", [True, False]),
     ("never_heard_of", 1, [[], {}, ""]),
     ("never_heard_of", False, []),
 ]
+# refused on one endpoint only
+REFUSED_CHAT: list[tuple[str, Any, list[Any]]] = [("echo", True, [False])]
+REFUSED_COMPLETION: list[tuple[str, Any, list[Any]]] = [
+    ("chat_template_kwargs", {"enable_thinking": False}, [{}]),
+    ("add_generation_prompt", False, [True]),
+]
+LABELS = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto"}
+
+# every request parameter of the conventions that this project follows (shared/reference/ecosystem.md, 1.2)
+CONVENTIONS = frozenset({
+    "messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stop", "seed",
+    "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "stream", "stream_options",
+    "response_format", "tools", "tool_choice", "parallel_tool_calls", "user", "reasoning_effort", "service_tier",
+    "metadata", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
+    "include_stop_str_in_output", "skip_special_tokens", "bad_words", "allowed_token_ids", "logprob_token_ids",
+    "prompt_logprobs", "truncate_prompt_tokens", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+    "guided_grammar", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "chat_template",
+    "thinking_token_budget", "reasoning_max_tokens", "priority", "request_id", "session_id", "cache_salt",
+    "kv_transfer_params", "prompt", "echo", "suffix", "best_of",
+})  # fmt: skip
 
 
 def parse(endpoint: str, data: dict[str, Any]) -> Any:
@@ -80,7 +96,7 @@ def test_an_implemented_field_is_taken_over(endpoint: str, field: str, value: An
     assert (got.model_dump() if field == "stream_options" else got) == value
 
 
-@pytest.mark.parametrize(("endpoint", "field", "value", "neutral"), both(REFUSED, [], []))
+@pytest.mark.parametrize(("endpoint", "field", "value", "neutral"), both(REFUSED, REFUSED_CHAT, REFUSED_COMPLETION))
 def test_an_unsupported_field_is_refused_by_name_unless_neutral(
     endpoint: str, field: str, value: Any, neutral: list[Any]
 ) -> None:
@@ -93,7 +109,26 @@ def test_an_unsupported_field_is_refused_by_name_unless_neutral(
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_labels_are_ignored(endpoint: str) -> None:
-    parse(endpoint, {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto"})
+    parse(endpoint, LABELS)
+
+
+def test_every_field_of_the_conventions_has_a_row_in_these_tables() -> None:
+    rows = IMPLEMENTED + IMPLEMENTED_CHAT + IMPLEMENTED_COMPLETION
+    listed = {field for field, _ in rows} | {field for field, _, _ in REFUSED} | LABELS.keys() | {"messages", "prompt"}
+    assert CONVENTIONS - {"top_logprobs"} <= listed
+    declared = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    assert declared <= listed | {"top_logprobs"}, "a field that is implemented and in no table"
+
+
+def test_top_logprobs_is_implemented() -> None:
+    assert parse_chat(CHAT | {"logprobs": True, "top_logprobs": 3}).num_logprobs == 3
+
+
+@pytest.mark.parametrize("label", ["two words", "a\r\nset-cookie: x", "\u00e9", "x" * 129])
+def test_a_label_that_could_not_go_back_as_a_header_is_refused(label: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_chat(CHAT | {"request_id": label})
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "request_id")
 
 
 def test_fields_of_the_other_endpoint_are_refused() -> None:
@@ -118,7 +153,10 @@ def test_fields_of_the_other_endpoint_are_refused() -> None:
         ("logit_bias", {str(n): 1 for n in range(400)}, "logit_bias"),
         ("stream_options", True, "stream_options"),
         ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
-        ("stop_token_ids", ["a"], "stop_token_ids[0]"),
+        ("stop_token_ids", ["a"], "stop_token_ids[0]"), ("bad_words", "x", "bad_words"),
+        ("bad_words", [3], "bad_words[0]"), ("allowed_token_ids", ["x"], "allowed_token_ids[0]"),
+        ("prompt_logprobs", True, "prompt_logprobs"), ("priority", 1 << 31, "priority"), ("priority", "1", "priority"),
+        ("cache_salt", "x" * 300, "cache_salt"), ("chat_template_kwargs", [1], "chat_template_kwargs"),
     ],
 )  # fmt: skip
 def test_a_wrong_type_is_named(field: str, value: Any, param: str) -> None:

@@ -11,7 +11,13 @@ import pytest
 from cluster.errors import RequestError
 from cluster.router.openai.chat import parse_chat
 from cluster.router.openai.completions import parse_completion
-from cluster.router.openai.sampling import SamplingDefaults, draw_seeds, load_defaults, sampling_params
+from cluster.router.openai.sampling import (
+    SamplingDefaults,
+    draw_seeds,
+    load_defaults,
+    sampling_params,
+    with_bad_words,
+)
 from engine.request import SamplingParams
 
 VOCAB = 100
@@ -31,6 +37,9 @@ def chat(**fields: Any) -> SamplingParams:
         ("stop", ["x"] * 10_000), ("stop", "x" * 300), ("stop", ""), ("stop_token_ids", [VOCAB]),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 65), ("logit_bias", {"5": 101}),
         ("logit_bias", {"x": 1}), ("logit_bias", {"-5": 1}), ("logit_bias", {str(VOCAB): 1}),
+        ("allowed_token_ids", [VOCAB]), ("allowed_token_ids", [-1]), ("bad_words", [""]), ("bad_words", ["x"] * 65),
+        ("bad_words_token_ids", [VOCAB]), ("bad_words_token_ids", [1] * 129), ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(field: str, value: Any) -> None:
@@ -81,3 +90,26 @@ def test_the_tokenizers_end_tokens_stop_too_unless_they_are_to_be_ignored() -> N
     assert stopping.stop_token_ids == (5, 2, 7)
     ignoring = sampling_params(parse_completion({**body, "ignore_eos": True}), SamplingDefaults(), VOCAB, (2, 7))
     assert ignoring.stop_token_ids == (5,)
+
+
+def test_the_prompt_is_scored_as_the_client_asks_or_as_an_echo_shows_it() -> None:
+    def scored(**fields: Any) -> int | None:
+        request = parse_completion({"model": "m", "prompt": "x", **fields})
+        return sampling_params(request, SamplingDefaults(), VOCAB).prompt_logprobs
+
+    assert scored() is None and scored(echo=True) is None and scored(logprobs=3) is None
+    assert (scored(prompt_logprobs=0), scored(echo=True, logprobs=0), scored(echo=True, logprobs=3)) == (0, 0, 3)
+    assert scored(echo=True, logprobs=2, prompt_logprobs=5) == 5
+
+
+def test_an_echo_may_ask_for_no_answer() -> None:
+    request = parse_completion({"model": "m", "prompt": "x", "echo": True, "max_tokens": 0})
+    assert request.is_echo_only and sampling_params(request, SamplingDefaults(), VOCAB).max_tokens == 1
+
+
+def test_bad_words_become_sequences_of_tokens_and_one_that_is_too_long_is_named() -> None:
+    params = with_bad_words(chat(bad_words=["x"], bad_words_token_ids=[7]), ((1, 2), (3,)))
+    assert params.bad_token_sequences == ((7,), (1, 2), (3,))
+    with pytest.raises(RequestError) as caught:
+        with_bad_words(params, ((1,) * 40,))
+    assert caught.value.param == "bad_words"
