@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -144,8 +145,7 @@ def test_a_process_of_its_own_obeys_the_environment(hub: HubServer, tmp_path: Pa
 def test_the_offline_api_takes_an_id(
     hub: HubServer, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("engine.llm.model_folder", partial(model_folder, endpoint=hub.url, cache_dir=tmp_path))
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     answers = []
     for model in (ID, str(repo)):
