@@ -55,7 +55,7 @@ class FakeModel:
         if not self.vocabulary or not 0 <= min(self.vocabulary) <= max(self.vocabulary) < self.vocab_size:
             raise ValueError(f"vocabulary must be ids in [0, {self.vocab_size})")
 
-    @property
+    @cached_property
     def root(self) -> int:
         """The chain value before position 0."""
         return xxhash.xxh3_64_intdigest(self.identity.encode())
@@ -127,8 +127,12 @@ class FakeModel:
 
 def spread(chain: WordArray, num_words: int) -> WordArray:
     """uint64 [n, num_words]: each position's chain value, once as it is and then by odd multiples (all invertible)."""
-    odd = np.arange(num_words, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C16) + np.uint64(1)
-    return chain[:, None] * odd[None, :]
+    return chain[:, None] * odd_multipliers(num_words)[None, :]
+
+
+def odd_multipliers(num_words: int) -> WordArray:
+    """uint64 [num_words]: 1, then odd numbers."""
+    return np.arange(num_words, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C16) + np.uint64(1)
 
 
 class ArrayMemory:
@@ -192,6 +196,8 @@ class FakeRunner:
         self.memory = memory
         self._words6 = memory.bytes6.view(np.uint64)  # [num_blocks, L, 2, H, block_size, D / 8]
         self._token_words = layout.token_bytes // 8
+        self._token_shape = (*self._words6.shape[1:4], self._words6.shape[5])
+        self._odd = odd_multipliers(self._token_words)
         self._max_blocks = layout.blocks_for(max_model_len)
         self._speed = speed
         self._sleep = sleep
@@ -235,7 +241,10 @@ class FakeRunner:
             self._rows[news.row].table[news.first : news.first + len(news.block_ids)] = news.block_ids
         shape = list(zip(batch.rows.tolist(), batch.num_computed.tolist(), batch.query_lens.tolist(), strict=True))
         for row, num_computed, query_len in shape:
-            self._write_kv(self._rows[row], num_computed, query_len)
+            if query_len == 1:
+                self._write_token(self._rows[row], num_computed)
+            else:
+                self._write_kv(self._rows[row], num_computed, query_len)
         token_ids = np.full(len(shape), -1, dtype=np.int32)
         logprobs: dict[int, TokenLogprobs] = {}
         for i, (row, num_computed, query_len) in enumerate(shape):
@@ -246,6 +255,18 @@ class FakeRunner:
                     logprobs[i] = self._logprobs(int(token_ids[i]), num_tops)
         prompt_logprobs = {score.index: self._score(self._rows[shape[score.index][0]], score) for score in batch.scores}
         return StepResult(step=batch.step, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _write_token(self, row: _Row, position: int) -> None:
+        """What _write_kv does, for one token: every decode row of every step comes here."""
+        size = self.memory.layout.block_size
+        previous = self.model.root
+        if position:
+            block_id = row.table[(position - 1) // size]
+            previous = int(self._words6[block_id, 0, 0, 0, (position - 1) % size, 0])
+        token, block_id = row.tokens[position], row.table[position // size]
+        assert block_id, f"row {row.start.row} writes into the null block"
+        words = self.model.chain(previous, (token,), position) * self._odd
+        self._words6[block_id, :, :, :, position % size, :] = words.reshape(self._token_shape)
 
     def _write_kv(self, row: _Row, num_computed: int, query_len: int) -> None:
         layout = self.memory.layout
