@@ -98,9 +98,13 @@ def status(
     url: Url = DEFAULT_URL,
     api_key: Key = "",
     json: Annotated[bool, typer.Option("--json", help="The router's answer as it is.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Tell why recent requests went where they went.")] = False,
+    request_id: Annotated[str, typer.Argument(help="With --why: only this request (its x-request-id or id).")] = "",
 ) -> None:
-    """Show workers, roles, epochs, states, load and KV use."""
+    """Show workers, roles, epochs, states, load and KV use; with --why the choices of the router."""
     try:
+        if why or request_id:
+            raise typer.Exit(status_command.why(_client(url, api_key), request_id, as_json=json))
         raise typer.Exit(status_command.status(_client(url, api_key), as_json=json))
     except RouterError as error:
         raise _fail(str(error), 1) from error

@@ -1,9 +1,10 @@
-"""`neap status`: the router's own view of its workers as a table."""
+"""`neap status`: the router's own view of its workers as a table; `--why`: its recent choices in words."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,31 @@ def status(client: RouterClient, *, as_json: bool) -> int:
         console = Console()
         show(body, console if console.is_terminal else Console(width=_WIDTH))
     return 0 if body["readiness"]["status"] == "ready" else 3
+
+
+def why(client: RouterClient, request_id: str, *, as_json: bool) -> int:
+    """Print why requests went where they went. Returns 0, or 4 if the request is not known (any more)."""
+    code, body = client.get(f"/status/why?request_id={quote(request_id)}")
+    if code != 200:
+        raise RouterError(error_words(code, body))
+    if as_json:
+        print(json.dumps(body, indent=2))
+    else:
+        console = Console()
+        show_why(body, request_id, console if console.is_terminal else Console(width=_WIDTH))
+    return 0 if body["decisions"] or not request_id else 4
+
+
+def show_why(body: dict[str, Any], request_id: str, console: Console) -> None:
+    """A paragraph for each decision, the newest last, where one looks first."""
+    if not body["decisions"]:
+        words = f"request {request_id} is not among the last decisions" if request_id else "no request has come yet"
+        console.print(words, highlight=False)
+    for decision in reversed(body["decisions"]):
+        head = f"request {decision['request_id']}, {decision['age_s']:.1f} s ago"
+        console.print(head, style="bold", highlight=False)
+        for line in decision["words"]:
+            console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def error_words(code: int, body: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from cluster.router.openai.chat import ChatRequest
 from cluster.router.openai.completions import CompletionRequest
 from cluster.router.openai.errors import error_response
 from cluster.router.service import RouterService
-from cluster.router.status import model_json, readiness_json, status_json, version
+from cluster.router.status import model_json, readiness_json, status_json, version, why_json
 from cluster.spec import RouterSpec
 
 
@@ -166,6 +166,11 @@ def _add_operation(app: FastAPI, service: RouterService, dispatch_status: Callab
     async def status() -> Response:
         """Workers, roles, epochs, states, load, KV use, links and queue, for `neap status`."""
         return _json(status_json(service, dispatch_status()))
+
+    @app.get("/status/why")
+    async def why(request_id: str = "") -> Response:
+        """Why recent requests went where they went, in words and numbers, newest first; for `neap status --why`."""
+        return _json(why_json(service, dispatch_status(), request_id))
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi_json() -> Response:

@@ -29,6 +29,17 @@ class _Pair:
     trying_until: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class BreakerStatus:
+    """A pair that has failed. `open_until` is monotonic seconds; past it the pair is half open."""
+
+    decode_incarnation: str
+    source_id: str
+    num_failures: int
+    reason: str
+    open_until: float
+
+
 class Breakers:
     """The breakers of one router. A pair is (incarnation of the decode worker, incarnation of the source)."""
 
@@ -84,16 +95,15 @@ class Breakers:
         for pair in [pair for pair in self._pairs if incarnation in pair]:
             del self._pairs[pair]
 
-    def described(self, now: float) -> list[dict[str, object]]:
+    def status(self) -> tuple[BreakerStatus, ...]:
         """For /status."""
-        return [
-            {
-                "decode_incarnation": decode,
-                "source": pair.source_id,
-                "state": self.state(now, decode, source),
-                "failures": pair.num_failures,
-                "reason": pair.reason,
-                "open_for_s": round(max(0.0, pair.open_until - now), 1),
-            }
-            for (decode, source), pair in self._pairs.items()
-        ]
+        return tuple(
+            BreakerStatus(
+                decode_incarnation=decode,
+                source_id=pair.source_id,
+                num_failures=pair.num_failures,
+                reason=pair.reason,
+                open_until=pair.open_until,
+            )
+            for (decode, _), pair in self._pairs.items()
+        )

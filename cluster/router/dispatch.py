@@ -24,6 +24,7 @@ from typing import Literal
 
 from cluster.errors import BUSY, ERRORS, REFUSED
 from cluster.router.accuracy import Errors
+from cluster.router.breakers import BreakerStatus
 from cluster.router.choosing import Chooser
 from cluster.router.decision import Decision
 from cluster.router.effects import Deliver, DeliverScores, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
@@ -40,6 +41,7 @@ from cluster.types import (
     Failed,
     Heartbeat,
     News,
+    PeerRate,
     PromptScores,
     SourceFailed,
     Tokens,
@@ -69,6 +71,7 @@ class WorkerStatus:
     queued_tokens: int
     step_count: int
     step_age_ms: int
+    peers: tuple[PeerRate, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,8 @@ class DispatchStatus:
     num_running: int
     counters: dict[str, int]
     errors: Errors
+    decisions: tuple[Decision, ...]  # newest first
+    breakers: tuple[BreakerStatus, ...]
 
 
 class Dispatcher:
@@ -233,6 +238,7 @@ class Dispatcher:
                     queued_tokens=worker.backlog.num_tokens,
                     step_count=worker.step_count,
                     step_age_ms=worker.step_age_ms,
+                    peers=tuple(worker.rates.values()),
                 )
             )
         num_waiting = len(self._waiting) + len(self._waiting_again)
@@ -242,16 +248,14 @@ class Dispatcher:
             num_running=len(self._requests) - num_waiting,
             counters=dict(self.counters),
             errors=self.chooser.accuracy.errors(),
+            decisions=self.chooser.decisions(),
+            breakers=self.chooser.breakers.status(),
         )
 
     def history(self, request_id: str) -> tuple[HistoryItem, ...]:
         """What happened to a live or recent request; empty when it is forgotten."""
         request = self._requests.get(request_id)
         return tuple(request.history) if request is not None else self._explained.get(request_id, ())
-
-    def decisions(self, request_id: str | None = None) -> tuple[Decision, ...]:
-        """Recent placements, newest first, with their reasons; of one request if asked."""
-        return self.chooser.decisions(request_id)
 
     # ---- placing
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
+from cluster.router.breakers import BreakerStatus
+from cluster.router.decision import as_json
 from cluster.router.dispatch import DispatchStatus, WorkerStatus
 from cluster.router.service import Readiness, RouterService
+
+MAX_TOLD = 32  # decisions, where no request is named
 
 Json = dict[str, Any]
 
@@ -47,6 +51,7 @@ def model_json(service: RouterService) -> Json | None:
 def status_json(service: RouterService, dispatch: DispatchStatus) -> Json:
     """Everything that `neap status` shows."""
     by_id = {worker.info.worker_id: worker for worker in dispatch.workers}
+    by_incarnation = {worker.info.incarnation: worker.info.worker_id for worker in dispatch.workers}
     workers = []
     for peer in service.links.peers():
         known = by_id.get(peer.info.worker_id)
@@ -83,7 +88,32 @@ def status_json(service: RouterService, dispatch: DispatchStatus) -> Json:
             "max_running": service.spec.max_running,
         },
         "counters": dispatch.counters,
+        "predictions": {
+            "ttft_error_p50": round(dispatch.errors.ttft_p50, 4),
+            "ttft_of": dispatch.errors.num_ttft,
+            "tpot_error_p50": round(dispatch.errors.tpot_p50, 4),
+            "tpot_of": dispatch.errors.num_tpot,
+        },
+        "breakers": [_breaker_json(breaker, by_incarnation, service.clock()) for breaker in dispatch.breakers],
         "workers": workers,
+    }
+
+
+def why_json(service: RouterService, dispatch: DispatchStatus, request_id: str) -> Json:
+    """The last decisions, newest first; with an id (as clients see it, or its beginning) only that request's."""
+    asked = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    chosen = [one for one in dispatch.decisions if one.request_id.startswith(asked)]
+    now = service.clock()
+    return {"decisions": [as_json(one, now) for one in chosen[: len(chosen) if asked else MAX_TOLD]]}
+
+
+def _breaker_json(breaker: BreakerStatus, worker_of: dict[str, str], now: float) -> Json:
+    return {
+        "decode": worker_of.get(breaker.decode_incarnation, "a worker that is gone"),
+        "source": breaker.source_id,
+        "failures": breaker.num_failures,
+        "reason": breaker.reason,
+        "open_for_s": round(max(0.0, breaker.open_until - now), 1),
     }
 
 
@@ -95,11 +125,13 @@ def _load_json(worker: WorkerStatus) -> Json:
         "assigned": worker.num_sequences,
         "step_count": worker.step_count,
         "step_age_ms": worker.step_age_ms,
+        "profile": _profile_json(worker),
         "load": {
             "running": load.num_running,
             "waiting": load.num_waiting,
             "served": load.num_served,
             "queued_tokens": load.queued_tokens,
+            "context_tokens": load.context_tokens,
             "kv_use": round(used / load.num_blocks, 4) if load.num_blocks else 0.0,
             "blocks": load.num_blocks,
             "free_blocks": load.num_free_blocks,
@@ -111,4 +143,23 @@ def _load_json(worker: WorkerStatus) -> Json:
             "prompt_tokens": load.prompt_tokens,
             "generation_tokens": load.generation_tokens,
         },
+    }
+
+
+def _profile_json(worker: WorkerStatus) -> Json | None:
+    """What a worker measured of itself, with its factors of now; None if it did not."""
+    profile, load = worker.info.profile, worker.load
+    if not profile.known:
+        return None
+    return {
+        "prefill_ms": [[count, round(ms, 3)] for count, ms in profile.prefill],
+        "decode_ms": [[count, round(ms, 3)] for count, ms in profile.decode],
+        "prefill_scale": round(load.prefill_scale, 3),
+        "decode_scale": round(load.decode_scale, 3),
+        "kv_token_bytes": profile.kv_token_bytes,
+        "peers": [
+            {"peer": peer.peer_id, "transport": peer.transport, "gb_per_s": round(peer.gb_per_s, 3)}
+            | {"latency_ms": round(peer.latency_ms, 3)}
+            for peer in worker.peers
+        ],
     }

@@ -144,7 +144,7 @@ class SimRouter:
     def _perform(self, effect: RouterEffect) -> None:
         if isinstance(effect, ToWorker):
             if isinstance(effect.message, Dispatch):
-                self.decisions += self.dispatcher.decisions(effect.message.request_id)[:1]
+                self.decisions += self.dispatcher.chooser.decisions(effect.message.request_id)[:1]
             if (link := self._links.get(effect.worker_id)) is not None:
                 link.send(0, effect.message)
         elif isinstance(effect, Deliver):
