@@ -43,10 +43,10 @@ serve: $(STAMP)
 	@exec $(BIN)/neap serve $(SERVE_ARGS)
 
 test: $(STAMP)
-	timeout --signal=INT --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest -m "not long" $(TEST_ARGS)
+	timeout --signal=INT --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest $(TEST_ARGS)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "long or not long" $(TEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
