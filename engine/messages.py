@@ -45,8 +45,8 @@ class Add(_Message, frozen=True):
     choice: int = 0
     outputs: bytes = b""
     cache_salt: bytes = b""
-
     priority: int = 0
+
 
 class Probe(_Message, frozen=True):
     """Ask how many tokens of `tokens` (int32 le) the prefix cache holds. Answered by Probed."""
@@ -185,7 +185,6 @@ class NewTokens(_Message, frozen=True):
     num_cached_tokens: int = 0
 
 
-class ServeProgress(_Message, frozen=True):
 class PromptLogprobs(_Message, frozen=True):
     """Logprobs of prompt tokens [first_position, first_position + len(logprobs)), in order; position 0 has none.
 
@@ -197,6 +196,7 @@ class PromptLogprobs(_Message, frozen=True):
     logprobs: tuple[TokenLogprobs, ...]
 
 
+class ServeProgress(_Message, frozen=True):
     """News of a served call: tokens computed so far, tokens ahead of it in the queue."""
 
     call_id: str
