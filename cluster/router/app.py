@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NeapError, RequestError, UnavailableError
-from cluster.router import generate
+from cluster.router import generate, tokens_api
 from cluster.router.dispatch import DispatchStatus
 from cluster.router.docs_page import PAGE, body_of, openapi
 from cluster.router.guard import REQUEST_ID, Guard
@@ -23,6 +23,8 @@ from cluster.router.openai.completions import CompletionRequest
 from cluster.router.openai.errors import error_response
 from cluster.router.service import RouterService
 from cluster.router.status import model_json, readiness_json, status_json, version, why_json
+from cluster.router.status_load import load_json, server_info_json
+from cluster.router.tokens_api import DetokenizeRequest, TokenizeRequest
 from cluster.spec import RouterSpec
 
 
@@ -44,6 +46,7 @@ def create_app(spec: RouterSpec, service: RouterService, dispatch_status: Callab
     _add_error_handlers(app, service)
     _add_generation(app, service)
     _add_models(app, service)
+    _add_tokens(app, service)
     _add_health(app, service)
     _add_operation(app, service, dispatch_status)
     return app
@@ -134,6 +137,18 @@ def _add_models(app: FastAPI, service: RouterService) -> None:
         return _json(entry)
 
 
+def _add_tokens(app: FastAPI, service: RouterService) -> None:
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest), response_class=Response)
+    async def tokenize(request: Request) -> Response:
+        """A prompt, or a conversation, as token ids."""
+        return _json(await tokens_api.tokenize(request, service))
+
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), response_class=Response)
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        return _json(await tokens_api.detokenize(request, service))
+
+
 def _add_health(app: FastAPI, service: RouterService) -> None:
     @app.get("/health/live")
     async def live() -> Response:
@@ -162,6 +177,16 @@ def _add_operation(app: FastAPI, service: RouterService, dispatch_status: Callab
         """The version of this router."""
         return _json({"version": version()})
 
+    @app.get("/load")
+    async def load() -> Response:
+        """How much this router and its workers have to do."""
+        return _json(load_json(service, dispatch_status()))
+
+    @app.get("/server_info")
+    async def server_info() -> Response:
+        """Version, options of this router (no secrets), and what its workers are."""
+        return _json(server_info_json(service))
+
     @app.get("/status")
     async def status() -> Response:
         """Workers, roles, epochs, states, load, KV use, links and queue, for `neap status`."""
@@ -176,7 +201,7 @@ def _add_operation(app: FastAPI, service: RouterService, dispatch_status: Callab
     async def openapi_json() -> Response:
         """This API as OpenAPI 3.1."""
         if not document:
-            document.update(openapi(app, (ChatRequest, CompletionRequest)))
+            document.update(openapi(app, (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)))
         return _json(document)
 
     @app.get("/docs", include_in_schema=False)

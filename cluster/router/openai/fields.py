@@ -60,6 +60,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 NEUTRAL_BY_ENDPOINT: dict[str, dict[str, tuple[object, ...]]] = {
     "chat": {"add_special_tokens": _FALSE, "echo": _FALSE},
+    "tokenize": {"add_special_tokens": (True, False), "chat_template": ()},
+    "detokenize": {},
     "completions": {"add_special_tokens": (True,), "chat_template_kwargs": (), "add_generation_prompt": (True,)},
 }
 _NEUTRAL_MESSAGE: dict[str, tuple[object, ...]] = {"tool_calls": (), "refusal": (), "annotations": ()}
@@ -217,5 +219,5 @@ _NAMES = (
     | frozenset(StreamOptions.model_fields)
     | frozenset(Message.model_fields)
     | {"messages", "prompt", "logprobs", "top_logprobs", "max_completion_tokens", "echo"}
-    | {"chat_template_kwargs", "add_generation_prompt"}
+    | {"chat_template_kwargs", "add_generation_prompt", "tokens", "add_special_tokens", "return_token_strs"}
 )

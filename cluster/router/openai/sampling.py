@@ -142,12 +142,12 @@ def with_bad_words(params: SamplingParams, sequences: tuple[tuple[int, ...], ...
         raise RequestError("invalid_value", str(error), param="bad_words") from None
 
 
-def check_token_ids(ids: list[int], vocab_size: int) -> None:
+def check_token_ids(ids: list[int], vocab_size: int, param: str = "prompt") -> None:
     """Raises RequestError unless a prompt's ids are all in the vocabulary."""
     if ids:
         limit = vocab_size or _MAX_TOKEN_ID
         if min(ids) < 0 or max(ids) >= limit:
-            raise RequestError("invalid_value", f"prompt: token ids must be in [0, {limit}).", param="prompt")
+            raise RequestError("invalid_value", f"{param}: token ids must be in [0, {limit}).", param=param)
 
 
 def draw_seeds(params: SamplingParams) -> tuple[int, ...]:

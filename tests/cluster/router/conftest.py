@@ -24,7 +24,17 @@ from cluster.router.server import RouterProcess, listen
 from cluster.router.service import RouterService
 from cluster.router.workers import LinkEvents, WorkerLinks
 from cluster.spec import RouterSpec
-from cluster.types import AbortRequest, Dispatch, Failed, Heartbeat, News, RouterMessage, Tokens, WorkerInfo
+from cluster.types import (
+    AbortRequest,
+    Dispatch,
+    Failed,
+    Heartbeat,
+    News,
+    PromptScores,
+    RouterMessage,
+    Tokens,
+    WorkerInfo,
+)
 from engine.messages import Load
 from engine.request import FinishReason
 from engine.scheduler.batch import TokenLogprobs
@@ -86,6 +96,7 @@ class StubWorker:
         if does.fail:
             self._say(Failed(request_id=key, attempt=attempt, code=does.fail))
             return
+        self._say(*self._scores(dispatch))
         eos = self.tokenizer.eos_token_ids[0]
         ids = self.tokenizer.encode(does.text)
         if dispatch.params.ignore_eos:
@@ -106,6 +117,25 @@ class StubWorker:
             self._say(*(self._tokens(dispatch, choice.index, position, token, reason) for choice in dispatch.choices))
             await asyncio.sleep(does.step_s)
 
+    def _scores(self, dispatch: Dispatch) -> tuple[PromptScores, ...]:
+        """Logprob -i for prompt token i, in two pieces."""
+        num_top, num_tokens = dispatch.params.prompt_logprobs, len(dispatch.prompt) // 4
+        if num_top is None:
+            return ()
+        scores = [
+            TokenLogprobs(logprob=-float(i), top_ids=(65, 66)[:num_top], top_logprobs=(-0.5, -0.75)[:num_top])
+            for i in range(1, num_tokens)
+        ]
+        half = len(scores) // 2
+        pieces = ((1, scores[:half]), (1 + half, scores[half:]))
+        return tuple(
+            PromptScores(
+                request_id=dispatch.request_id, attempt=dispatch.attempt, first_position=first, logprobs=tuple(piece)
+            )
+            for first, piece in pieces
+            if piece
+        )
+
     def _tokens(
         self, dispatch: Dispatch, choice: int, position: int, token: int, reason: FinishReason | None
     ) -> Tokens:
@@ -125,7 +155,7 @@ class StubWorker:
             path=self.behaviour.path if position == 0 else None,  # type: ignore[arg-type]
         )
 
-    def _say(self, *entries: Tokens | News | Failed) -> None:
+    def _say(self, *entries: Tokens | PromptScores | News | Failed) -> None:
         assert self.events is not None
         self.events.on_entries(self.info.worker_id, entries)
 
