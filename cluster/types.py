@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from engine.config import Role
 from engine.kv.prefix_cache import SHORT_KEY_BYTES
 from engine.messages import Load
@@ -116,9 +118,11 @@ RouterMessage = Dispatch | AbortRequest | Release
 # ---- the link, worker -> router
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """New tokens of one choice. `position` counts outputs from 0. `path` comes with the first tokens of an attempt."""
+class Tokens(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of one choice. `position` counts outputs from 0. `path` comes with the first tokens of an attempt.
+
+    A Struct, because one is made per token at both ends of a link: a frozen dataclass takes ten times as long (3 us).
+    """
 
     request_id: str
     attempt: int

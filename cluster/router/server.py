@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -110,6 +111,8 @@ class RouterProcess:
             serving = group.create_task(self._server.serve(sockets=[sock]))
             host, port = sock.getsockname()[:2]
             on_listening(host, port)
+            # what is here by now stays: a full collection would walk all of it, some 100 ms with every stream waiting
+            gc.freeze()
             await self._stop.wait()
             await self._drain()
             self._server.should_exit = True

@@ -7,7 +7,8 @@ worker -> router   entries of one request melt together while they wait, so a sl
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+
+import msgspec
 
 from cluster.types import AbortRequest, CacheNews, Dispatch, Entry, News, PromptScores, RouterMessage, Tokens
 
@@ -120,7 +121,7 @@ def _melt(before: Entry, after: Entry) -> Entry | None:
         return None
     if len(before.logprobs) not in (0, len(before.token_ids)) or bool(before.logprobs) != bool(after.logprobs):
         return None
-    return replace(
+    return msgspec.structs.replace(
         before,
         token_ids=before.token_ids + after.token_ids,
         logprobs=before.logprobs + after.logprobs,
