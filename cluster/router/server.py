@@ -111,8 +111,6 @@ class RouterProcess:
             serving = group.create_task(self._server.serve(sockets=[sock]))
             host, port = sock.getsockname()[:2]
             on_listening(host, port)
-            # what is here by now stays: a full collection would walk all of it, some 100 ms with every stream waiting
-            gc.freeze()
             await self._stop.wait()
             await self._drain()
             self._server.should_exit = True
@@ -160,6 +158,8 @@ def run_router(spec: RouterSpec, on_listening: Callable[[str, int], None]) -> No
 
     async def main() -> None:
         process = RouterProcess(spec)
+        # what is here by now stays; a full collection would walk all of it while every stream waits
+        gc.freeze()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, process.stop)
