@@ -17,6 +17,11 @@ CheckpointDType = Literal["float32", "bfloat16", "float16"]
 Parsed = TypeVar("Parsed")
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_MODEL_TYPES: dict[str, ModelType] = {
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "Ernie4_5_ForCausalLM": "ernie4_5",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
+}
 _DEFAULT_ROPE_THETA = 500000.0
 
 
@@ -85,9 +90,7 @@ def _parse_file(path: Path, parse: Callable[[Mapping[str, object]], Parsed]) -> 
 
 def parse_model_config(values: Mapping[str, object]) -> ModelConfig:
     """The checked form of a config.json's content. Raises ValueError naming the key."""
-    model_type = values.get("model_type")
-    if model_type not in ("ernie4_5", "ernie4_5_moe"):
-        raise ValueError(f"model_type {model_type!r} is not supported (supported: ernie4_5, ernie4_5_moe)")
+    model_type = _model_type(values)
     _refuse_unsupported(values)
     hidden_size = _positive(values, "hidden_size")
     num_layers = _positive(values, "num_hidden_layers")
@@ -112,6 +115,18 @@ def parse_model_config(values: Mapping[str, object]) -> ModelConfig:
         dtype=_dtype(values),
         moe=_moe(values, num_layers) if model_type == "ernie4_5_moe" else None,
     )
+
+
+def _model_type(values: Mapping[str, object]) -> ModelType:
+    """As told, or else as the architecture says: trainers write model types of their own."""
+    model_type = values.get("model_type")
+    if model_type in ("ernie4_5", "ernie4_5_moe"):
+        return model_type
+    architectures = values.get("architectures")
+    for name in architectures if isinstance(architectures, list) else ():
+        if name in _MODEL_TYPES:
+            return _MODEL_TYPES[name]
+    raise ValueError(f"model_type {model_type!r} is not supported (supported: ernie4_5, ernie4_5_moe)")
 
 
 def _refuse_unsupported(values: Mapping[str, object]) -> None:

@@ -50,6 +50,21 @@ def test_dense_as_released() -> None:
     assert (config.rope_theta, config.eos_token_ids, config.dtype, config.moe) == (500000.0, (2,), "bfloat16", None)
 
 
+@pytest.mark.parametrize(
+    ("values", "architecture"),
+    [(DENSE, "Ernie4_5_ForCausalLM"), (DENSE, "Ernie4_5ForCausalLM"), (MOE, "Ernie4_5_MoeForCausalLM")],
+)
+def test_the_architecture_tells_the_type_where_model_type_is_anothers(
+    values: dict[str, Any], architecture: str
+) -> None:
+    found = parse_model_config({**values, "model_type": "ernie", "architectures": [architecture]})
+    assert found == parse_model_config(values)
+    with pytest.raises(ValueError, match="model_type 'ernie' is not supported"):
+        parse_model_config(
+            {**values, "model_type": "ernie", "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"]}
+        )
+
+
 def test_transformers_5_spelling() -> None:
     values = {**DENSE, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "dtype": "float32"}
     del values["rope_theta"], values["torch_dtype"]
