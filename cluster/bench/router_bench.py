@@ -54,7 +54,7 @@ def bench_router(options: RouterBenchOptions) -> dict[str, Any]:
     rows = max(options.concurrency, options.crowd, 1)
     with fake_cluster(fake, prefill=options.prefill, decode=options.decode, max_num_seqs=rows) as (cluster, folder):
         prompts = FakePrompts(folder, fake, options.seed)
-        run_scenario(cluster, prompts, options, WARMUP_REQUESTS, options.concurrency)
+        run_scenario(cluster, prompts, options, min(WARMUP_REQUESTS, options.requests), options.concurrency)
         throughput = run_scenario(cluster, prompts, options, options.requests, options.concurrency)
         crowd = run_scenario(cluster, prompts, options, options.crowd, options.crowd)
         low = run_scenario(cluster, prompts, options, options.low_requests, 1)
