@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 LEARNT_FROM = 33  # first tokens of a kind: the median of what predictions were short of
+FEWEST = 5  # before that, nothing was learnt
 REMEMBERED = 512
 FIRST_GUESS_OUTPUTS = 128.0
 _SHARE = 0.05
@@ -43,7 +44,8 @@ class Accuracy:
             self._ttft.append(abs(predicted_ms - real_ms) / real_ms)
         short = self._short.setdefault(kind, deque(maxlen=LEARNT_FROM))
         short.append(real_ms - (predicted_ms - overhead_ms))
-        self._overheads[kind] = median(short)
+        if len(short) >= FEWEST:
+            self._overheads[kind] = median(short)
 
     def end(self, *, num_outputs: int, predicted_tpot_ms: float | None, real_tpot_ms: float | None) -> None:
         """An answer is complete."""

@@ -32,10 +32,12 @@ class _Stopwatch:
         self._cost = cost
         self._clock = clock
         self._ends_at = clock() + BUDGET_S
+        self._factor = 1.0  # of the last shape that was run: what StepCost says is wrong by
 
     def ms(self, rows: list[tuple[int, int]]) -> float:
         """The shortest of up to _RUNS steps of rows (query tokens, keys before them); StepCost's word if late."""
-        predicted_ms = self._cost.predict(rows)
+        cost_ms = self._cost.predict(rows)
+        predicted_ms = cost_ms * self._factor
         best = float("inf")
         batch = _batch(rows)
         for _ in range(_RUNS):
@@ -46,7 +48,10 @@ class _Stopwatch:
             best = min(best, (self._clock() - started) * 1000)
             if best > _ENOUGH_MS:
                 break
-        return predicted_ms if best == float("inf") else best
+        if best == float("inf"):
+            return predicted_ms
+        self._factor = best / cost_ms if cost_ms > 0 else 1.0
+        return best
 
 
 def measure_profile(
@@ -67,7 +72,10 @@ def measure_profile(
     prefill_tokens = sorted({max(1, min(tokens, longest)) for tokens in _PREFILL_TOKENS})
     short, far = (max(0, min(keys, max_model_len - 2)) for keys in (_SHORT, _LONG))
     decode = {rows: stopwatch.ms([(1, short)] * rows) for rows in decode_rows}
-    prefill = {tokens: stopwatch.ms([(tokens, 0)]) for tokens in prefill_tokens}
+    own_keys = cost.ms_per_token_kilocontext / 2000  # a prompt's tokens see each other: not part of the table
+    prefill = {
+        tokens: max(0.0, stopwatch.ms([(tokens, 0)]) - own_keys * tokens * (tokens + 1)) for tokens in prefill_tokens
+    }
     most = decode_rows[-1]
     far_ms = stopwatch.ms([(1, far)] * most)
     keys = most * (far - short)
