@@ -8,6 +8,7 @@ from typing import Literal
 Role = Literal["prefill", "decode"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Kernels = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class EngineConfig:
     `block_size` 0 picks 16 on CPU and 64 on CUDA. `max_model_len` 0 takes the checkpoint's. `kv_cache_bytes` bounds the
     one KV allocation. `served_block_fraction` caps the blocks that served Fetch calls may hold (ARCHITECTURE 1.4).
     `max_step_ms` bounds a step's predicted time; `max_batched_tokens` bounds it in tokens as well (buffer sizes).
-    `steps_in_flight` 0 waits for each step; 1 schedules the next while one runs.
+    `steps_in_flight` 0 waits for each step; 1 schedules the next while one runs. `kernels` auto takes our own on CPU
+    (float32, bfloat16) where a C compiler is, compiled into `kernel_cache` (empty: ~/.cache/neap); torch goes without.
     """
 
     model: str
@@ -36,6 +38,8 @@ class EngineConfig:
     served_block_fraction: float = 0.9
     enable_prefix_caching: bool = True
     steps_in_flight: Literal[0, 1] = 0
+    kernels: Kernels = "auto"
+    kernel_cache: str = ""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_num_seqs", "max_num_served", "max_batched_tokens", "kv_cache_bytes"):

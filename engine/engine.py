@@ -19,6 +19,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.kernels.cpu.build import KernelsUnavailable
+from engine.kernels.cpu.library import DTYPES as KERNEL_DTYPES
+from engine.kernels.cpu.library import CpuKernels
 from engine.kv.block_manager import BlockManager
 from engine.kv.kv_cache import KVCache
 from engine.kv.layout import KVLayout
@@ -36,6 +39,7 @@ from engine.runner.warmup import measure_step_cost
 from engine.scheduler.profile import Profile
 from engine.scheduler.request_state import ModelLimits
 from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.step_cost import StepCost
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -85,8 +89,8 @@ def build_engine(
     dtype_name = model_config.dtype if config.dtype == "auto" else config.dtype
     layout = _layout(config, model_config, device, dtype_name)
     max_model_len = _max_model_len(config, model_config, layout)
-    _configure_torch(config.threads, device)
-    options = options or LayerOptions(device=device, dtype=_DTYPES[dtype_name])
+    options = options or _layer_options(config, device, _DTYPES[dtype_name])
+    _configure_torch(config.threads, options)
     model = build_model(model_config, options)
     load_weights(model, model_dir, _staged(progress, "load"))
     runner = _runner(config, model, layout, max_model_len, capture_logits)
@@ -112,13 +116,7 @@ def build_engine(
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
     )
-    blocks = BlockManager(
-        num_blocks=layout.num_blocks,
-        block_size=layout.block_size,
-        served_fraction=config.served_block_fraction,
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
-    scheduler = Scheduler(config, limits=limits, blocks=blocks, step_cost=step_cost)
+    scheduler = _scheduler(config, layout, limits, step_cost)
     return BuiltEngine(
         core=EngineCore(scheduler=scheduler, runner=runner, steps_in_flight=config.steps_in_flight),
         runner=runner,
@@ -128,7 +126,7 @@ def build_engine(
         max_model_len=max_model_len,
         identity=identity,
         profile=profile,
-        numerics_class=numerics_class(device, options.dtype, config.threads),
+        numerics_class=numerics_class(options, config.threads),
     )
 
 
@@ -165,14 +163,37 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, layout: KVLayout) -
     return config.max_model_len
 
 
-def _configure_torch(threads: int, device: torch.device) -> None:
-    torch.set_num_threads(threads)
-    if threads > 1 and device.type == "cpu":
+def _layer_options(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOptions:
+    """Our own kernels on the CPU where they run, else torch's."""
+    if config.kernels == "torch" or device.type != "cpu" or dtype not in KERNEL_DTYPES:
+        return LayerOptions(device=device, dtype=dtype)
+    cache_dir = Path(config.kernel_cache) if config.kernel_cache else Path.home() / ".cache" / "neap"
+    try:
+        return LayerOptions(device=device, dtype=dtype, kernels=CpuKernels.load(cache_dir, config.threads))
+    except KernelsUnavailable as error:
+        _log.warning("serving with torch's kernels, which are slower: %s", error)
+        return LayerOptions(device=device, dtype=dtype)
+
+
+def _configure_torch(threads: int, options: LayerOptions) -> None:
+    # Our kernels have threads of their own; a second pool would compete with them for the cores.
+    torch.set_num_threads(threads if options.kernels is None else 1)
+    if threads > 1 and options.device.type == "cpu" and options.kernels is None:
         _log.warning("threads=%d: the last bits of results may depend on the batch; threads=1 is exact", threads)
     # Sums in full precision: reduced ones depend on how the library splits them.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.set_float32_matmul_precision("highest")
+
+
+def _scheduler(config: EngineConfig, layout: KVLayout, limits: ModelLimits, step_cost: StepCost) -> Scheduler:
+    blocks = BlockManager(
+        num_blocks=layout.num_blocks,
+        block_size=layout.block_size,
+        served_fraction=config.served_block_fraction,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    return Scheduler(config, limits=limits, blocks=blocks, step_cost=step_cost)
 
 
 def _runner(

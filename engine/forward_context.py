@@ -36,16 +36,37 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatheredKeys:
+    """For attention that copies keys together first.
+
+    `write_rows` int64 [2, T, kv heads]: where K and V of layer 0 go, see KVCache.
+    """
+
+    write_rows: Tensor
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillChunk, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedKeys:
+    """For attention that reads keys where they lie.
+
+    `block_tables` int32 [rows, n]. `segments` int32 [S, 4]: each is a run of tokens of one request, told as row of its
+    table, first token in the step, number of tokens, position of the first. Every token is in one segment.
+    """
+
+    block_tables: Tensor
+    segments: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForwardStep:
     """T includes the padding. Padded tokens write to the null block, are routed to no expert, and stay finite.
 
-    token_ids int64 [T]; positions int64 [3, T] (time, height, width; text reads row 0); valid bool [T];
-    write_rows int64 [2, T, kv heads], where K and V of layer 0 go, see KVCache.
+    token_ids int64 [T]; positions int64 [3, T] (time, height, width; text reads row 0); valid bool [T].
     """
 
     token_ids: Tensor
     positions: Tensor
     valid: Tensor
-    write_rows: Tensor
-    decode: tuple[DecodeGroup, ...]
-    prefill: tuple[PrefillChunk, ...]
+    keys: GatheredKeys | PagedKeys

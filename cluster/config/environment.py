@@ -20,6 +20,17 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "neap"
 
 
+def kernels() -> str:
+    """NEAP_KERNELS: what engine.kernels is where nobody says. "torch" leaves our own CPU kernels out."""
+    return "torch" if os.environ.get("NEAP_KERNELS", "") == "torch" else "auto"
+
+
+def kernel_cache() -> str:
+    """What engine.kernel_cache is where nobody says: the cache folder if it was moved, else the engine's default."""
+    moved = os.environ.get("NEAP_CACHE", "") or os.environ.get("XDG_CACHE_HOME", "")
+    return str(cache_dir()) if moved else ""
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """What a child process gets: our environment, and `changes`."""
     return {**os.environ, **changes}

@@ -14,6 +14,8 @@ HELP = {
     "engine.served_block_fraction": "Share of the KV blocks that prompts for others may hold.",
     "engine.enable_prefix_caching": "Keep KV of finished requests for prompts that begin alike.",
     "engine.steps_in_flight": "1: schedule the next step while one runs.",
+    "engine.kernels": "CPU kernels: auto, or torch to leave our own out (also NEAP_KERNELS).",
+    "engine.kernel_cache": "Folder for compiled kernels; empty: the user's cache folder.",
     "router.host": "Address the HTTP server listens on; beyond loopback it wants --api-key.",
     "router.port": "Port of the HTTP server.",
     "router.api_key": "Key that clients must send (also NEAP_API_KEY).",

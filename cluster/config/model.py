@@ -193,7 +193,10 @@ class ClusterConfig(_Section):
         """EngineConfig's keywords for this pool's workers, without the model."""
         own = {name: getattr(pool, name) for name in EngineSection.model_fields}
         shared = self.engine.model_dump()
-        return {"role": pool.role, **{n: shared[n] if own[n] is None else own[n] for n in own}}
+        options = {"role": pool.role, **{n: shared[n] if own[n] is None else own[n] for n in own}}
+        if options["kernels"] == "auto":
+            options["kernels"] = environment.kernels()
+        return {**options, "kernel_cache": options["kernel_cache"] or environment.kernel_cache()}
 
     def model_name(self, model_path: str) -> str:
         """What clients call the model."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Angles = tuple[Tensor, Tensor]
+
 
 class RotaryEmbedding:
     """Angles per step, shared by all layers; the rotation itself per layer, in float32, cast back."""
@@ -16,7 +18,7 @@ class RotaryEmbedding:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         self._inv_freq = (1.0 / (theta**exponents)).to(device)  # [H/2]
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor) -> Angles:
         """cos and sin, float32 [T, 1, H/2], of positions int [3, T] (time, height, width). Text reads row 0."""
         angles = positions[0].float()[:, None] * self._inv_freq
         return angles.cos()[:, None], angles.sin()[:, None]

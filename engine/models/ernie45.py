@@ -13,36 +13,39 @@ from torch import Tensor
 
 from engine.forward_context import ForwardStep
 from engine.kv.kv_cache import KVCache
-from engine.layers.activation import silu_and_mul
-from engine.layers.attention.attention import Attention
+from engine.layers.attention.attention import GatheredAttention
+from engine.layers.attention.paged import PagedAttention
 from engine.layers.embedding import Embedding
-from engine.layers.linear import LibraryLinear, Linear
+from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.options import LayerOptions
-from engine.layers.rotary import RotaryEmbedding
+from engine.layers.rotary import Angles, RotaryEmbedding
 from engine.models.model_config import ModelConfig
 
 Targets = Iterator[tuple[str, Tensor]]
-Angles = tuple[Tensor, Tensor]
+
+
+class Attention(Protocol):
+    """Rotates q and k, stores K and V, attends; paged with our own kernels, gathered with torch's."""
+
+    def __call__(self, qkv: Tensor, angles: Angles, kv: KVCache, step: ForwardStep) -> Tensor: ...
 
 
 class Ernie45Attention:
     """q, k, v as one linear; rotary positions on q and k; attention over the cache; o."""
 
     def __init__(self, layer: int, config: ModelConfig, options: LayerOptions) -> None:
-        self._num_heads, self._num_kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self._q_size, self._kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, self._q_size + 2 * self._kv_size, options)
         self.o_proj = Linear(self._q_size, config.hidden_size, options)
-        self._attention = Attention(layer, config.num_heads, config.num_kv_heads, config.head_dim, options)
+        if options.kernels is not None:
+            self._attention: Attention = PagedAttention(layer, config.num_heads, options.kernels)
+        else:
+            self._attention = GatheredAttention(layer, config.num_heads, config.num_kv_heads, config.head_dim, options)
 
-    def __call__(self, x_TD: Tensor, angles: Angles, kv: KVCache, step: ForwardStep) -> Tensor:
-        """[T, D]."""
-        num_tokens, num_rotated = x_TD.shape[0], self._num_heads + self._num_kv_heads
-        qkv = self.qkv_proj(x_TD).view(num_tokens, num_rotated + self._num_kv_heads, self._head_dim)
-        qk = RotaryEmbedding.rotate(qkv[:, :num_rotated], *angles)
-        q_TNH, k_TKH, v_TKH = qk[:, : self._num_heads], qk[:, self._num_heads :], qkv[:, num_rotated:]
-        return self.o_proj(self._attention(q_TNH, k_TKH, v_TKH, kv, step))
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, angles: Angles, kv: KVCache, step: ForwardStep) -> Tensor:
+        """residual + o(attention(x)), [T, D]."""
+        return self.o_proj(self._attention(self.qkv_proj(x_TD), angles, kv, step), residual_TD)
 
     def targets(self, prefix: str) -> Targets:
         """Checkpoint names and where they go."""
@@ -63,16 +66,16 @@ class Ernie45MLP:
 
     def __init__(self, hidden_size: int, intermediate_size: int, options: LayerOptions) -> None:
         self._intermediate_size = intermediate_size
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, options)
+        self.gate_up_proj = Linear(hidden_size, intermediate_size, options, gated=True)
         self.down_proj = Linear(intermediate_size, hidden_size, options)
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """[T, D]."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x_TD)))
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        """[T, D], added to the residual if there is one."""
+        return self.down_proj(self.gate_up_proj(x_TD), residual_TD)
 
-    def forward(self, x_TD: Tensor, step: ForwardStep) -> Tensor:
-        """[T, D]; a dense MLP takes padding like any token."""
-        return self(x_TD)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor, step: ForwardStep) -> Tensor:
+        """residual + mlp(x), [T, D]; a dense MLP takes padding like any token."""
+        return self(x_TD, residual_TD)
 
     def targets(self, prefix: str) -> Targets:
         """Checkpoint names and where they go."""
@@ -89,7 +92,7 @@ class Ernie45MLP:
 class DecoderMLP(Protocol):
     """The MLP stage of a layer: dense, or a mixture of experts."""
 
-    def forward(self, x_TD: Tensor, step: ForwardStep) -> Tensor: ...
+    def forward(self, x_TD: Tensor, residual_TD: Tensor, step: ForwardStep) -> Tensor: ...
 
     def targets(self, prefix: str) -> Targets: ...
 
@@ -107,11 +110,11 @@ class DecoderLayer:
 
     def attention_stage(self, x_TD: Tensor, angles: Angles, kv: KVCache, step: ForwardStep) -> Tensor:
         """[T, D]."""
-        return x_TD + self.self_attn(self.input_layernorm(x_TD), angles, kv, step)
+        return self.self_attn(self.input_layernorm(x_TD), x_TD, angles, kv, step)
 
     def mlp_stage(self, x_TD: Tensor, step: ForwardStep) -> Tensor:
         """[T, D]."""
-        return x_TD + self.mlp.forward(self.post_attention_layernorm(x_TD), step)
+        return self.mlp.forward(self.post_attention_layernorm(x_TD), x_TD, step)
 
     def targets(self, prefix: str) -> Targets:
         """Checkpoint names and where they go."""
@@ -136,10 +139,8 @@ class Ernie45ForCausalLM:
         self.layers = [DecoderLayer(layer, config, options, self.make_mlp(layer)) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options)
         self._rotary = RotaryEmbedding(config.head_dim, config.rope_theta, options.device)
-        self._head_method = LibraryLinear(options)
-        self._head_weight = self.embed_tokens.weight
-        if not config.tie_word_embeddings:
-            self._head_weight = torch.empty_like(self.embed_tokens.weight)
+        # Tied: the embedding's own table gives the logits.
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, options)
 
     def make_mlp(self, layer: int) -> DecoderMLP:
         """The MLP of one layer."""
@@ -156,7 +157,10 @@ class Ernie45ForCausalLM:
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """float32 [S, V] of chosen rows of `hidden`; S is padded like any step."""
-        return self._head_method.apply(self.norm(hidden_SD), self._head_packed).float()
+        normed_SD = self.norm(hidden_SD)
+        if self.lm_head is None:
+            return self.embed_tokens.logits(normed_SD)
+        return self.lm_head(normed_SD, out_dtype=torch.float32)
 
     def targets(self) -> Targets:
         """Every checkpoint name this model needs, and the tensor (or part of one) that it is loaded into."""
@@ -164,11 +168,13 @@ class Ernie45ForCausalLM:
         for index, layer in enumerate(self.layers):
             yield from layer.targets(f"model.layers.{index}.")
         yield "model.norm.weight", self.norm.weight
-        if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", self._head_weight
+        if self.lm_head is not None:
+            yield "lm_head.weight", self.lm_head.weight
 
     def pack(self) -> None:
         """After loading: every weight takes the form that its method reads."""
-        self._head_packed = self._head_method.pack(self._head_weight)
+        self.embed_tokens.pack()
+        if self.lm_head is not None:
+            self.lm_head.pack()
         for layer in self.layers:
             layer.pack()

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.forward_context import ForwardStep
 from engine.layers.moe.all_to_all import LocalAllToAll
 from engine.layers.moe.experts import Experts
-from engine.layers.moe.moe import MoE
+from engine.layers.moe.moe import KernelMoE, MoE
 from engine.layers.moe.router import Router
 from engine.layers.options import LayerOptions
 from engine.models.ernie45 import DecoderMLP, Ernie45ForCausalLM, Ernie45MLP, Targets
@@ -28,19 +28,22 @@ class Ernie45MoEMLP:
         if moe.num_shared_experts:
             shared_size = moe.num_shared_experts * moe.intermediate_size
             self.shared_experts = Ernie45MLP(config.hidden_size, shared_size, options)
-        all_to_all = LocalAllToAll(moe.num_experts, options)
-        self._moe = MoE(self.router, self.experts, all_to_all, self.shared_experts)
+        if options.kernels is not None:
+            self._moe: MoE | KernelMoE = KernelMoE(self.router, self.experts, self.shared_experts, options.kernels)
+        else:
+            all_to_all = LocalAllToAll(moe.num_experts, options)
+            self._moe = MoE(self.router, self.experts, all_to_all, self.shared_experts)
 
-    def forward(self, x_TD: Tensor, step: ForwardStep) -> Tensor:
-        """[T, D]."""
-        return self._moe(x_TD, step.valid)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor, step: ForwardStep) -> Tensor:
+        """residual + mixture(x), [T, D]."""
+        return self._moe(x_TD, residual_TD, step.valid)
 
     def targets(self, prefix: str) -> Targets:
         """Checkpoint names and where they go. The bias is stored as [1, E]."""
         yield f"{prefix}gate.weight", self.router.gate.weight
         yield f"{prefix}moe_statics.e_score_correction_bias", self.router.correction_bias[None]
         size = self._intermediate_size
-        for index in range(self.experts.gate_up.shape[0]):
+        for index in range(self.experts.num_experts):
             yield f"{prefix}experts.{index}.gate_proj.weight", self.experts.gate_up[index, :size]
             yield f"{prefix}experts.{index}.up_proj.weight", self.experts.gate_up[index, size:]
             yield f"{prefix}experts.{index}.down_proj.weight", self.experts.down[index]
@@ -48,8 +51,8 @@ class Ernie45MoEMLP:
             yield from self.shared_experts.targets(f"{prefix}shared_experts.")
 
     def pack(self) -> None:
-        """After loading. The experts are packed as they are loaded."""
-        self.router.gate.pack()
+        """After loading."""
+        self._moe.pack()
         if self.shared_experts is not None:
             self.shared_experts.pack()
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.forward_context import DecodeGroup, ForwardStep, PrefillChunk
+from engine.forward_context import DecodeGroup, ForwardStep, GatheredKeys, PagedKeys, PrefillChunk
 from engine.kv.kv_cache import KVCache
 from engine.layers.options import LayerOptions, round_up
 from engine.scheduler.batch import IntArray, NewBlocks, RowStart, ScheduledBatch
@@ -50,8 +50,9 @@ class InputBatch:
         self._block_size = kv.layout.block_size
         self._padding_row = num_rows
         device = options.device
-        # Whole blocks and whole key tiles.
-        self._key_multiple = math.lcm(options.key_multiple, self._block_size)
+        self._paged = options.kernels is not None
+        # Whole blocks, and whole key tiles where keys are gathered.
+        self._key_multiple = self._block_size if self._paged else math.lcm(options.key_multiple, self._block_size)
         num_blocks = round_up(max_model_len, self._key_multiple) // self._block_size
         # One column more than the model's length: an overshot step may sample a token that nobody will run.
         self.token_table = torch.zeros(num_rows + 1, max_model_len + 1, dtype=torch.int32, device=device)
@@ -86,11 +87,13 @@ class InputBatch:
             full, rest = divmod(num_computed[new.row], self._block_size)
             first_empty = max(full + (rest > 0) - new.first, 0)
             fresh.append(new.block_ids[first_empty:].astype(np.int64))
-            if rest and new.first <= full < new.first + count:
+            if not self._paged and rest and new.first <= full < new.first + count:
                 self._kv.clear_tail(int(new.block_ids[full - new.first]), rest)
         numbers = self._upload(np.concatenate([*rows, *columns, *ids, *fresh]))
         device_rows, device_columns, device_ids = numbers[: 3 * sum(map(len, ids))].view(3, -1)
         self.block_tables[device_rows, device_columns] = device_ids.to(torch.int32)
+        if self._paged:
+            return  # reads no key that the row has not written
         device_fresh = numbers[3 * sum(map(len, ids)) :]
         if len(device_fresh):
             self._kv.clear(device_fresh)
@@ -109,25 +112,22 @@ class InputBatch:
         sample_index = np.zeros(self._options.padded_rows(len(sampled)), dtype=np.int64)
         sample_index[: len(sampled)] = ends[sampled] - 1
         sample_positions = (num_computed + query_lens)[sampled]
-        groups = self._decode_groups(num_computed[: batch.num_decode_rows] + 1)
+        groups = [] if self._paged else self._decode_groups(num_computed[: batch.num_decode_rows] + 1)
         parts = [token_rows, positions, sample_index, batch.rows[sampled], sample_positions, batch.rows, *groups]
         sizes = [len(part) for part in parts]
         numbers = self._upload(np.concatenate(parts).astype(np.int64))
         d_token_rows, d_positions, d_sample_index, d_slots, d_sample_positions, d_rows, *d_groups = torch.split(
             numbers, sizes
         )
-        blocks = self.block_tables[d_token_rows, d_positions // self._block_size].to(torch.int64)
-        last_keys = num_computed[: batch.num_decode_rows]
         forward = ForwardStep(
             token_ids=self.token_table[d_token_rows, d_positions].to(torch.int64),
             positions=d_positions.expand(3, -1),
             valid=d_token_rows != self._padding_row,
-            write_rows=self._kv.write_rows(blocks, d_positions % self._block_size),
-            decode=tuple(
-                self._decode_group(index, d_rows, d_positions, int(last_keys[host].max()) + 1)
-                for index, host in zip(d_groups, groups, strict=True)
+            keys=self._paged_keys(batch, ends)
+            if self._paged
+            else self._gathered_keys(
+                batch, ends, d_token_rows, d_positions, d_rows, list(zip(d_groups, groups, strict=True))
             ),
-            prefill=self._chunks(batch, ends, d_rows),
         )
         return StepInputs(
             forward=forward,
@@ -135,6 +135,31 @@ class InputBatch:
             sample_rows=batch.rows[sampled],
             sample_slots=d_slots,
             sample_positions=d_sample_positions,
+        )
+
+    def _paged_keys(self, batch: ScheduledBatch, ends: IntArray) -> PagedKeys:
+        first_tokens = ends - batch.query_lens
+        segments = np.stack([batch.rows, first_tokens, batch.query_lens, batch.num_computed], axis=1)
+        return PagedKeys(block_tables=self.block_tables, segments=torch.from_numpy(segments.astype(np.int32)))
+
+    def _gathered_keys(
+        self,
+        batch: ScheduledBatch,
+        ends: IntArray,
+        token_rows: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        groups: list[tuple[Tensor, npt.NDArray[np.intp]]],
+    ) -> GatheredKeys:
+        """`groups`: indices of decode rows, on the device and on the host."""
+        blocks = self.block_tables[token_rows, positions // self._block_size].to(torch.int64)
+        last_keys = batch.num_computed[: batch.num_decode_rows]
+        return GatheredKeys(
+            write_rows=self._kv.write_rows(blocks, positions % self._block_size),
+            decode=tuple(
+                self._decode_group(index, rows, positions, int(last_keys[host].max()) + 1) for index, host in groups
+            ),
+            prefill=self._chunks(batch, ends, rows),
         )
 
     def _decode_groups(self, num_keys: IntArray) -> list[npt.NDArray[np.intp]]:

@@ -1,6 +1,6 @@
 """The name of the arithmetic an engine does: two engines with the same name give bit-equal results.
 
-With several CPU threads they need the same batches too (see LayerOptions), and the name says so.
+With torch's kernels and several CPU threads they need the same batches too (see LayerOptions), and the name says so.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from pathlib import Path
 
 import torch
 
-# Counts up whenever layers or their padding change any bit.
+from engine.layers.options import LayerOptions
+
+# Counts up whenever layers of torch's parts, or their padding, change any bit; our own kernels count by themselves.
 KERNEL_VERSION = "torch-1"
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
-def numerics_class(device: torch.device, dtype: torch.dtype, threads: int) -> str:
-    """Device kind and capability, dtype, threads (CPU), tensor-parallel size, torch and kernel versions, one line."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
+def numerics_class(options: LayerOptions, threads: int) -> str:
+    """Device kind and capability, dtype, threads (torch on CPU), tensor-parallel size, versions: one line."""
+    kernels, versions = KERNEL_VERSION, f"torch={torch.__version__}"
+    if options.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(options.device)
         where = f"cuda sm{major}{minor} cuda{torch.version.cuda}"
+    elif options.kernels is not None:
+        # torch computes angles and samples, on one thread.
+        where, kernels = f"cpu {torch.backends.cpu.get_cpu_capability()}", options.kernels.name
     else:
         variant = " batch-variant" if threads > 1 else ""
         where = f"cpu {torch.backends.cpu.get_cpu_capability()} {_cpu_features()} threads={threads}{variant}"
-    return f"{where} {str(dtype).removeprefix('torch.')} tp=1 torch={torch.__version__} kernels={KERNEL_VERSION}"
+    return f"{where} {str(options.dtype).removeprefix('torch.')} tp=1 {versions} kernels={kernels}"
 
 
 def _cpu_features() -> str:

@@ -58,7 +58,7 @@ def test_auto_takes_the_checkpoints_dtype_and_length(checkpoint: Path) -> None:
         assert (layout.dtype, layout.block_size, layout.num_layers) == ("bfloat16", 16, 3)
         assert layout.total_bytes <= 2 << 20
         assert engine.max_model_len == 2048
-        assert "bfloat16" in engine.numerics_class and "threads=1" in engine.numerics_class
+        assert "bfloat16" in engine.numerics_class and "kernels=" in engine.numerics_class
         assert engine.checksum_algorithm == "xxh3_64"
 
 

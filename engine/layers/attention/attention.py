@@ -1,4 +1,4 @@
-"""Attention over blocks: writes the step's K and V, gathers each row's keys, and runs one op for prefill and decode.
+"""Attention over blocks with torch's op: writes the step's K and V, gathers each row's keys, one op for all rows.
 
 A query tile is (token, head of the group) rows x the keys of one request; the query heads that share a KV head lie in
 one tile. Rows are padded to a multiple of 16 and keys to one of 512 (masked), so the op splits every row's keys at
@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.forward_context import DecodeGroup, ForwardStep, PrefillChunk
+from engine.forward_context import DecodeGroup, ForwardStep, GatheredKeys, PrefillChunk
 from engine.kv.kv_cache import KVCache
 from engine.layers.options import LayerOptions
+from engine.layers.rotary import Angles, RotaryEmbedding
 
 # One call's mask has at most this many elements; longer chunks take several calls, at multiples of 16 tokens.
 _MAX_MASK_ELEMENTS = 1 << 26
 
 
-class Attention:
+class GatheredAttention:
     """Causal attention of one layer with grouped query heads, scale 1/sqrt(H)."""
 
     def __init__(self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, options: LayerOptions) -> None:
@@ -32,14 +33,24 @@ class Attention:
         self._head_dim = head_dim
         self._options = options
 
-    def __call__(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, kv: KVCache, step: ForwardStep) -> Tensor:
-        """[T, N * H]; padded tokens are zero. K and V of the step are stored first, then read back with the rest."""
-        kv.write(self._layer, step.write_rows, k_TKH, v_TKH)
-        q_TKGH = q_TNH.view(-1, self._num_kv_heads, self._group, self._head_dim)
+    def __call__(self, qkv: Tensor, angles: Angles, kv: KVCache, step: ForwardStep) -> Tensor:
+        """[T, N * H] of qkv [T, (N + 2K) * H] before rotation. Padded tokens are zero."""
+        num_rotated = self._num_kv_heads * (self._group + 1)
+        heads = qkv.view(qkv.shape[0], num_rotated + self._num_kv_heads, self._head_dim)
+        qk = RotaryEmbedding.rotate(heads[:, :num_rotated], *angles)
+        num_heads = num_rotated - self._num_kv_heads
+        return self.attend(qk[:, :num_heads], qk[:, num_heads:], heads[:, num_rotated:], kv, step)
+
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, kv: KVCache, step: ForwardStep) -> Tensor:
+        """The same of rotated heads. K and V of the step are stored first, then read back with the rest."""
+        keys = step.keys
+        assert isinstance(keys, GatheredKeys), "the runner prepares steps for the attention that the model has"
+        kv.write(self._layer, keys.write_rows, k_TKH, v_TKH)
+        q_TKGH = q_TNH.reshape(-1, self._num_kv_heads, self._group, self._head_dim)
         out_TKGH = torch.zeros_like(q_TKGH)
-        for group in step.decode:
+        for group in keys.decode:
             out_TKGH.index_copy_(0, group.token_index, self._decode(q_TKGH, kv, group))
-        for chunk in step.prefill:
+        for chunk in keys.prefill:
             self._prefill(q_TKGH, kv, chunk, step.positions[0], out_TKGH)
         return out_TKGH.view(q_TNH.shape[0], -1)
 

@@ -14,6 +14,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.engine import BuiltEngine, build_engine
+from engine.kernels.cpu.library import CpuKernels
 from engine.kv.block_manager import BlockManager
 from engine.kv.kv_cache import KVCache
 from engine.layers.options import LayerOptions
@@ -85,22 +86,29 @@ def build(
     *,
     dtype: str = "float32",
     seed: int = 0,
+    kernels: CpuKernels | None = None,
     row_multiple: int = 16,
     key_multiple: int = 512,
     checkpoint: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> BuiltEngine:
-    """A random model in a warm engine that captures logits, on one thread."""
+    """A random model in a warm engine that captures logits: with `kernels`, or torch's on one thread."""
     make_random_checkpoint(path, seed=seed, **(checkpoint or {}))
     options = LayerOptions(
         device=torch.device("cpu"),
         dtype=getattr(torch, dtype),
+        kernels=kernels,
         row_multiple=row_multiple,
         key_multiple=key_multiple,
     )
     settings: dict[str, Any] = {"max_model_len": 1024, "kv_cache_bytes": 16 << 20, **engine}
     config = EngineConfig(model=str(path), dtype=dtype, device="cpu", **settings)  # type: ignore[arg-type]
     return build_engine(config, capture_logits=True, options=options)
+
+
+def own_kernels(threads: int = 2) -> CpuKernels:
+    """This machine's kernels, from the user's cache as the product keeps them."""
+    return CpuKernels.load(Path.home() / ".cache" / "neap", threads)
 
 
 class Cores:

@@ -1,15 +1,21 @@
 """A request's logits are the same bits whatever runs beside it, however its prompt is cut, wherever its blocks lie.
 
-The negative controls show that the padding is what does it, and that these tests would notice.
+With torch's kernels the padding does it, with our own the one order of summation, on two threads. The negative controls
+take that away and show that these tests notice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from engine.kernels.cpu.library import CpuKernels, PackedWeight
 from engine.request import SamplingParams
 from tests.engine.exactness import harness
 from tests.engine.exactness.harness import GREEDY, Cores, Outcome
@@ -23,6 +29,7 @@ CASES = {
     "moe-float32": ("float32", MOE),
     "moe-bfloat16": ("bfloat16", MOE),
 }
+TORCH_CASES = ("dense-float32", "moe-bfloat16")
 LENGTHS = (1, 15, 40, 130, 300, 505, 530, 640)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=8, ignore_eos=True, repetition_penalty=1.1)
 PROMPTS = harness.prompts(7, LENGTHS)
@@ -32,10 +39,17 @@ def params_of(index: int) -> SamplingParams:
     return SAMPLED if index % 2 else GREEDY
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[*((case, True) for case in CASES), *((case, False) for case in TORCH_CASES)],
+    ids=lambda param: f"{param[0]}-{'own' if param[1] else 'torch'}",
+)
 def cores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cores:
-    dtype, checkpoint = CASES[request.param]
-    return Cores(harness.build(tmp_path_factory.mktemp("checkpoint"), dtype=dtype, checkpoint=checkpoint))
+    case, own = request.param
+    dtype, checkpoint = CASES[case]
+    kernels = harness.own_kernels() if own else None
+    path = tmp_path_factory.mktemp("checkpoint")
+    return Cores(harness.build(path, dtype=dtype, checkpoint=checkpoint, kernels=kernels))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +130,46 @@ def test_without_padding_bits_differ(
         row_multiple=row_multiple,
         key_multiple=key_multiple,
     )
-    cores = Cores(built)
+    assert bits_differ(Cores(built))
+
+
+class OrderByRows(CpuKernels):
+    """Kernels that add in another order when there are more rows: halves of the features apart, then their sum."""
+
+    def linear(
+        self, x_TI: Tensor, weight: PackedWeight, *, add: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if len(x_TI) <= 4 or weight.gated:
+            return super().linear(x_TI, weight, add=add, out_dtype=out_dtype)
+        rows = self.unpack_rows(weight, torch.arange(weight.out_features))
+        parts = [
+            F.linear(x.float(), w.float()) for x, w in zip(x_TI.chunk(2, dim=1), rows.chunk(2, dim=1), strict=True)
+        ]
+        total = parts[0] + parts[1]
+        return (total if add is None else add + total).to(out_dtype or x_TI.dtype)
+
+
+def test_with_an_order_of_summation_that_depends_on_the_rows_bits_differ(tmp_path: Path) -> None:
+    kernels = OrderByRows.load(Path.home() / ".cache" / "neap", 2)
+    assert bits_differ(Cores(harness.build(tmp_path, checkpoint=DENSE, kernels=kernels)))
+
+
+def test_own_kernels_give_the_same_bits_on_one_thread_and_on_three(tmp_path_factory: pytest.TempPathFactory) -> None:
+    outcomes = [
+        Cores(
+            harness.build(
+                tmp_path_factory.mktemp("checkpoint"),
+                dtype="bfloat16",
+                checkpoint=MOE,
+                kernels=harness.own_kernels(threads),
+            )
+        ).alone(PROMPTS[5])
+        for threads in (1, 3)
+    ]
+    assert harness.same(*outcomes)
+
+
+def bits_differ(cores: Cores) -> bool:
     alone = [cores.alone(prompt, params_of(i), seed=i) for i, prompt in enumerate(PROMPTS)]
     core = cores.core(max_batched_tokens=100, enable_prefix_caching=False)
-    assert differing(harness.serve(core, submissions(range(len(PROMPTS)))), alone)
+    return bool(differing(harness.serve(core, submissions(range(len(PROMPTS)))), alone))

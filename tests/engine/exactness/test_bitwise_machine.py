@@ -24,9 +24,12 @@ from tests.engine.exactness import harness
 from tests.engine.exactness.harness import Cores, Outcome
 
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 6, "num_hidden_layers": 2}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense-float32": ("float32", {**SHAPE, "head_dim": 64}),
-    "moe-bfloat16": ("bfloat16", {**SHAPE, "model_type": "ernie4_5_moe", "head_dim": 32, "moe_intermediate_size": 64}),
+DENSE = {**SHAPE, "head_dim": 64}
+MOE = {**SHAPE, "model_type": "ernie4_5_moe", "head_dim": 32, "moe_intermediate_size": 64}
+MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {  # dtype, checkpoint, own kernels (on two threads) or torch's
+    "dense-float32": ("float32", DENSE, True),
+    "moe-bfloat16": ("bfloat16", MOE, True),
+    "moe-bfloat16-torch": ("bfloat16", MOE, False),
 }
 BASES = harness.prompts(11, (600, 600))
 PREFIXES = (0, 16, 40, 250, 505, 560)
@@ -39,9 +42,11 @@ PARAMS = (
 
 @cache
 def cores_of(model: str) -> Cores:
-    dtype, checkpoint = MODELS[model]
+    dtype, checkpoint, own = MODELS[model]
+    kernels = harness.own_kernels() if own else None
     with tempfile.TemporaryDirectory() as folder:
-        return Cores(harness.build(Path(folder), dtype=dtype, checkpoint=checkpoint, kv_cache_bytes=8 << 20))
+        built = harness.build(Path(folder), dtype=dtype, checkpoint=checkpoint, kernels=kernels, kv_cache_bytes=8 << 20)
+    return Cores(built)
 
 
 @cache

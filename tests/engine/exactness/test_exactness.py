@@ -65,12 +65,24 @@ class Case:
     theirs: torch.nn.Module
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda name: name.replace(" ", "-"))
+# Our own kernels on every shape; torch's on one of each model type.
+CASES = [
+    *((name, True) for name in CHECKPOINTS),
+    ("dense, untied, three queries per key", False),
+    ("moe like 21B: 2 shared, tied, from layer 1", False),
+]
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{'own' if case[1] else 'torch'}: {case[0]}".replace(" ", "-")
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     torch.set_num_threads(1)
-    index = list(CHECKPOINTS).index(request.param)
+    name, own = request.param
+    index = list(CHECKPOINTS).index(name)
     path = tmp_path_factory.mktemp("checkpoint")
-    built = harness.build(path, seed=index, checkpoint=CHECKPOINTS[request.param])
+    kernels = harness.own_kernels() if own else None
+    built = harness.build(path, seed=index, checkpoint=CHECKPOINTS[name], kernels=kernels)
     logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     prompts = harness.prompts(index, (1, 2, 17, 33, 64, 90))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.forward_context import DecodeGroup, ForwardStep, PrefillChunk
+from engine.forward_context import DecodeGroup, ForwardStep, GatheredKeys, PrefillChunk
 from engine.kv.kv_cache import KVCache
 from engine.kv.layout import KVLayout
 from engine.layers.attention import attention
-from engine.layers.attention.attention import Attention
+from engine.layers.attention.attention import GatheredAttention
 from engine.layers.options import LayerOptions, round_up
 
 CPU = torch.device("cpu")
@@ -43,7 +43,8 @@ class Bench:
         own = random.Random(0).sample(range(1, num_blocks), -(-length // BLOCK))
         self.table = torch.zeros(num_blocks, dtype=torch.int64)
         self.table[: len(own)] = torch.tensor(own)
-        self.attention = Attention(1, kv_heads * group, kv_heads, head_dim, LayerOptions(device=CPU, dtype=dtype))
+        options = LayerOptions(device=CPU, dtype=dtype)
+        self.attention = GatheredAttention(1, kv_heads * group, kv_heads, head_dim, options)
 
     def write_rows(self, positions: Tensor) -> Tensor:
         return self.kv.write_rows(self.table[positions // BLOCK], positions % BLOCK)
@@ -69,11 +70,9 @@ class Bench:
             token_ids=positions,
             positions=positions.expand(3, -1),
             valid=torch.ones(len(positions), dtype=torch.bool),
-            write_rows=self.write_rows(positions),
-            decode=decode,
-            prefill=prefill,
+            keys=GatheredKeys(write_rows=self.write_rows(positions), decode=decode, prefill=prefill),
         )
-        return self.attention(self.q[positions], self.k[positions], self.v[positions], self.kv, step)
+        return self.attention.attend(self.q[positions], self.k[positions], self.v[positions], self.kv, step)
 
     def reference(self) -> Tensor:
         """float64 [length, N * H]."""

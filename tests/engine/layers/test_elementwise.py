@@ -53,7 +53,10 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
 def test_embedding_rows() -> None:
     embedding = Embedding(20, 8, options(torch.float32))
     embedding.weight.copy_(torch.randn(20, 8))
+    embedding.pack()
     assert torch.equal(embedding(torch.tensor([3, 19, 3])), embedding.weight[[3, 19, 3]])
+    hidden = torch.randn(5, 8)
+    torch.testing.assert_close(embedding.logits(hidden), hidden @ embedding.weight.T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,6 @@ class Layer:
         options = LayerOptions(device=CPU, dtype=dtype)
         self.router = Router(HIDDEN, EXPERTS, TOP_K, 1e-12, options)
         self.router.gate.weight.copy_(torch.randn(EXPERTS, HIDDEN) * 0.3)
-        self.router.gate.pack()
         self.router.correction_bias.copy_(torch.randn(EXPERTS) * 0.3)
         self.experts = Experts(EXPERTS, HIDDEN, INTERMEDIATE, options)
         self.experts.gate_up.copy_(torch.randn(self.experts.gate_up.shape) / HIDDEN**0.5)
@@ -37,17 +36,19 @@ class Layer:
             LocalAllToAll(EXPERTS, options),
             lambda x: x @ self.shared_weight,
         )
+        self.moe.pack()
 
     def __call__(self, x: Tensor, num_padding: int = 0) -> Tensor:
         valid = torch.arange(len(x) + num_padding) < len(x)
-        return self.moe(F.pad(x, (0, 0, 0, num_padding)), valid)[: len(x)]
+        padded = F.pad(x, (0, 0, 0, num_padding))
+        return self.moe(padded, padded, valid)[: len(x)]
 
     def reference(self, x: Tensor) -> Tensor:
         """float64, one token and one expert at a time."""
         ids, weights = self.router(x)
         rows = []
         for token, (own_ids, own_weights) in enumerate(zip(ids.tolist(), weights.double(), strict=True)):
-            row = x[token].double() @ self.shared_weight.double()
+            row = x[token].double() + x[token].double() @ self.shared_weight.double()
             for expert, weight in zip(own_ids, own_weights, strict=True):
                 gate, up = (self.experts.gate_up[expert].double() @ x[token].double()).chunk(2)
                 row = row + weight * (self.experts.down[expert].double() @ (F.silu(gate) * up))
@@ -102,7 +103,7 @@ def test_padding_is_sent_to_no_expert_and_stays_finite() -> None:
     dispatched = LocalAllToAll(EXPERTS, LayerOptions(device=CPU, dtype=torch.bfloat16)).dispatch(x, ids, valid)
     num_groups = len(set(ids[:3].flatten().tolist()))
     assert dispatched.offsets[-1] == 16 * num_groups
-    assert layer.moe(x, valid).isfinite().all()
+    assert layer.moe(x, x, valid).isfinite().all()
 
 
 def test_garbage_past_the_last_offset_is_never_read() -> None:

@@ -1,0 +1,1 @@
+"""CPU kernels in C, compiled for the machine at first use. See engine/kernels/README.md."""
