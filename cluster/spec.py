@@ -48,6 +48,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     registry: str
     host: str = "127.0.0.1"
     port: int = 8180
+    metrics_port: int = 0
     api_key: str = ""
     policy: str = "least-loaded"
     max_queue: int = 256

@@ -15,6 +15,7 @@ from cluster.cli import serve as serve_command
 from cluster.cli import status as status_command
 from cluster.cli.bench import bench_app
 from cluster.cli.flags import flag_parameters
+from cluster.cli.foreign import foreign_parameters, our_flag_value, settle_flags
 from cluster.config import ConfigError, Sources, load_config
 from cluster.config.environment import api_key as key_from_environment
 from cluster.control.router_client import RouterClient, RouterError
@@ -28,21 +29,38 @@ app = typer.Typer(
 )
 app.add_typer(bench_app)
 _FLAGS = flag_parameters()
+_FOREIGN = foreign_parameters(_FLAGS)
 
 Url = Annotated[str, typer.Option(help="Where the router listens.")]
 Key = Annotated[str, typer.Option(help="Its API key, if it has one (also NEAP_API_KEY).")]
 DEFAULT_URL = "http://127.0.0.1:8180"
 
 
-def serve(path: Path | None, config: Path | None, set_: list[str] | None, **flags: str | bool | None) -> None:
+def serve(
+    path: str | None, model: str | None, config: Path | None, set_: list[str] | None, **flags: str | bool | None
+) -> None:
     """Start a cluster on this machine (or on a Ray cluster) and serve a model until ctrl-C.
 
-    PATH is a checkpoint folder; without it a small random model is made. Options come from --config FILE, flags, and
-    --set KEY=VALUE, later ones winning.
+    Without MODEL a small random one is made. Later ones win: --config FILE, flags, --set.
+
+    Options of FastDeploy's and vLLM's commands are understood too (dashes or
+    underscores): what has no meaning here is told, what is not built yet refused.
     """
-    given: dict[str, str | bool] = {_FLAGS[name][0]: value for name, value in flags.items() if value is not None}
-    if path is not None:
-        given["model"] = str(path)
+    settled = settle_flags(
+        _FOREIGN,
+        {name: flags.pop(name) for name in _FOREIGN},
+        {name: key for name, (key, _) in _FLAGS.items()},
+    )
+    if path is not None and model is not None and path != model:
+        settled.refusals.append(f"--model {model}: the model is given as {path} already")
+    if settled.refusals:
+        raise _fail("\n".join(settled.refusals), 2)
+    if settled.notices:
+        typer.echo(f"neap: no meaning here, ignored: {', '.join(settled.notices)}", err=True)
+    own = {_FLAGS[name][0]: value for name, value in flags.items() if value is not None}
+    given = {key: our_flag_value(key, value) for key, value in (settled.ours | own).items()}
+    if (chosen := path or model) is not None:
+        given["model"] = chosen
     try:
         cluster = load_config(Sources(file=config, flags=given, sets=set_ or ()))
     except ConfigError as error:
@@ -51,18 +69,20 @@ def serve(path: Path | None, config: Path | None, set_: list[str] | None, **flag
 
 
 def _serve_signature() -> inspect.Signature:
-    """What typer reads: PATH, --config, --set, and the generated flags."""
+    """What typer reads: MODEL, --config, --set, and the generated flags."""
     keyword = inspect.Parameter.KEYWORD_ONLY
-    path = Annotated[Path | None, typer.Argument(help="Checkpoint folder.", metavar="PATH")]
+    path = Annotated[str | None, typer.Argument(help="Checkpoint folder or Hugging Face id.", metavar="MODEL")]
+    model = Annotated[str | None, typer.Option("--model", help="The same, as an option.", metavar="MODEL")]
     config = Annotated[Path | None, typer.Option("--config", help="Cluster file (YAML).", metavar="FILE")]
     set_ = Annotated[
         list[str] | None, typer.Option("--set", help="Any key: pools.0.workers=4. Repeatable.", metavar="KEY=VALUE")
     ]
     own = [
         inspect.Parameter(name, keyword, default=None, annotation=kind)
-        for name, kind in (("path", path), ("config", config), ("set_", set_))
+        for name, kind in (("path", path), ("model", model), ("config", config), ("set_", set_))
     ]
-    return inspect.Signature([*own, *(parameter for _, parameter in _FLAGS.values())])
+    generated = [*_FLAGS.values(), *_FOREIGN.values()]
+    return inspect.Signature([*own, *(parameter for _, parameter in generated)])
 
 
 def _register_serve() -> None:
@@ -70,7 +90,8 @@ def _register_serve() -> None:
     command: Any = serve
     command.__signature__ = signature
     command.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    app.command()(command)
+    # --max_model_len is --max-model-len: FastDeploy and vLLM take both
+    app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(command)
 
 
 _register_serve()

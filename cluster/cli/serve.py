@@ -45,12 +45,15 @@ def check_port(config: ClusterConfig) -> None:
     """Find out now, not in half a minute, that the port is taken. Raises ValueError."""
     spec = config.router_spec(model_path="", registry="")
     host = spec.host.strip("[]")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, spec.port))
-        except OSError as error:
-            raise ValueError(f"router.port: cannot listen on {host}:{spec.port}: {error.strerror}") from error
+    if spec.port and spec.port == spec.metrics_port:
+        raise ValueError(f"router.metrics_port: {spec.port} is router.port already")
+    for name, port in (("port", spec.port), ("metrics_port", spec.metrics_port)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ValueError(f"router.{name}: cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def make_backend(config: ClusterConfig, run_dir: Path) -> Backend:

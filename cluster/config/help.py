@@ -18,6 +18,7 @@ HELP = {
     "engine.kernel_cache": "Folder for compiled kernels; empty: the user's cache folder.",
     "router.host": "Address the HTTP server listens on; beyond loopback it wants --api-key.",
     "router.port": "Port of the HTTP server.",
+    "router.metrics_port": "A second port that serves /metrics too; 0: none.",
     "router.api_key": "Key that clients must send (also NEAP_API_KEY).",
     "router.policy": "How workers are chosen: predicted, prefix-aware, least-loaded, power-of-two or round-robin.",
     "router.max_queue": "Requests that may wait; more get 429.",

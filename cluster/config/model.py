@@ -41,6 +41,13 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_count(value: object) -> object:
+    """Tokens from "32768", "32k" (thousands) or "32K" (times 1024), as vLLM reads them; other types pass through."""
+    if not isinstance(value, str) or (match := re.fullmatch(r"\s*([0-9]+)\s*([kKmM])\s*", value)) is None:
+        return value
+    return int(match[1]) * {"k": 10**3, "K": 1 << 10, "m": 10**6, "M": 1 << 20}[match[2]]
+
+
 def _number(value: object) -> object:
     """Literal[0, 1] takes no "1"; flags and --set bring text."""
     return int(value) if isinstance(value, str) and value.strip().isdigit() else value
@@ -48,13 +55,16 @@ def _number(value: object) -> object:
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
 _SIZES = {"kv_cache_bytes", "max_body_bytes", "stream_buffer_bytes"}
+_TOKEN_COUNTS = {"max_model_len", "max_batched_tokens"}
 _AT_LEAST_ONE = {"max_queue", "max_running", "num_blocks", "vocab_size"}
 
 
 def _field_type(name: str, hint: Any) -> Any:
     if name in _SIZES:
         return Size
-    if name == "port":
+    if name in _TOKEN_COUNTS:
+        return Annotated[int, BeforeValidator(parse_count)]
+    if name in ("port", "metrics_port"):
         return Annotated[int, Field(ge=0, le=65535)]
     if name in _AT_LEAST_ONE:
         return Annotated[int, Field(ge=1)]

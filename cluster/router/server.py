@@ -22,11 +22,13 @@ from random import Random
 import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
+from starlette.types import ASGIApp
 
 from cluster.metrics import RouterMetrics
 from cluster.registry.registry import RegistryClient
 from cluster.router.app import create_app
 from cluster.router.dispatch import Dispatcher
+from cluster.router.metrics_port import metrics_app
 from cluster.router.policies import policy_named
 from cluster.router.protocol import BoundedHttpProtocol
 from cluster.router.service import RouterService
@@ -66,21 +68,8 @@ class RouterProcess:
             self._dispatcher, connect or self._connect, metrics=self._metrics, clock=time.monotonic
         )
         self.service = RouterService(spec, self._links, metrics=self._metrics)
-        app = create_app(spec, self.service, self._dispatcher.status)
-        config = uvicorn.Config(
-            app,
-            http=BoundedHttpProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(CLOSE_S),
-        )
-        self._server = _Server(config)
+        self._server = _server(create_app(spec, self.service, self._dispatcher.status))
+        self._metrics_server = _server(metrics_app(self._metrics, spec.api_key)) if spec.metrics_port else None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -104,17 +93,22 @@ class RouterProcess:
     async def run(self, sock: socket.socket, on_listening: Callable[[str, int], None]) -> None:
         """Serve until stopped. Raises ValueError when the checkpoint's folder has no tokenizer."""
         registry = RegistryClient(self.spec.registry) if self.spec.registry else None
-        async with asyncio.TaskGroup() as group:
+        async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
             background = [group.create_task(self.service.load_text()), group.create_task(self.service.measure_lag())]
             if registry is not None:
                 background.append(group.create_task(self._links.follow(registry.watch())))
-            serving = group.create_task(self._server.serve(sockets=[sock]))
+            serving = [group.create_task(self._server.serve(sockets=[sock]))]
+            if self._metrics_server is not None:
+                own = stack.enter_context(contextlib.closing(listen(self.spec, self.spec.metrics_port)))
+                serving.append(group.create_task(self._metrics_server.serve(sockets=[own])))
             host, port = sock.getsockname()[:2]
             on_listening(host, port)
             await self._stop.wait()
             await self._drain()
             self._server.should_exit = True
-            await serving
+            if self._metrics_server is not None:
+                self._metrics_server.should_exit = True
+            await asyncio.wait(serving)
             for task in background:
                 task.cancel()
         await self._links.close()
@@ -132,9 +126,27 @@ class RouterProcess:
         await self.service.drain(0.0)
 
 
-def listen(spec: RouterSpec) -> socket.socket:
+def _server(app: ASGIApp) -> _Server:
+    config = uvicorn.Config(
+        app,
+        http=BoundedHttpProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(CLOSE_S),
+    )
+    return _Server(config)
+
+
+def listen(spec: RouterSpec, port: int | None = None) -> socket.socket:
     """A listening socket whose connections get a small send buffer, so that a client that doesn't read is noticed.
 
+    `port` None: the one of the API.
     Raises OSError if the port is taken.
     """
     family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
@@ -143,7 +155,7 @@ def listen(spec: RouterSpec) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # accepted sockets inherit it; the kernel doubles it for its own book-keeping
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, spec.stream_buffer_bytes // 4)
-        sock.bind((spec.host.strip("[]"), spec.port))
+        sock.bind((spec.host.strip("[]"), spec.port if port is None else port))
         sock.listen(BACKLOG)
     except OSError:
         sock.close()

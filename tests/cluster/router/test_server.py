@@ -260,3 +260,17 @@ def test_two_servers_in_one_process_do_not_share_counts(live: Lives) -> None:
         values = [s.process.service.metrics.registry.get_sample_value(metrics.ERRORS, {"code": "not_found"})
                   for s in (one, two)]  # fmt: skip
         assert values == [3, None]
+
+
+def test_metrics_are_served_on_a_port_of_their_own_behind_the_same_key(live: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with live(metrics_port=port, api_key="secret") as running:
+        url, key = f"http://127.0.0.1:{port}", {"authorization": "Bearer secret"}
+        here = httpx.get(url + "/metrics", headers=key)
+        assert here.status_code == 200 and "neap_" in here.text
+        assert here.headers["content-type"] == httpx.get(running.url + "/metrics", headers=key).headers["content-type"]
+        assert httpx.get(url + "/metrics").json()["error"]["code"] == "invalid_api_key"
+        for method, path, status in (("GET", "/v1/models", 404), ("POST", "/metrics", 405)):
+            assert httpx.request(method, url + path, headers=key).status_code == status
