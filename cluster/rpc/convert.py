@@ -242,20 +242,27 @@ def _logprobs_from_pb(pb: m.TokenLogprobs) -> TokenLogprobs:
     )
 
 
+def _fill_tokens(pb: w.Tokens, entry: Tokens) -> None:
+    """In place, and only what is not the default: once per token, a copy and ten assignments would be felt."""
+    pb.choice = entry.choice
+    pb.position = entry.position
+    pb.token_ids.extend(entry.token_ids)
+    if entry.logprobs:
+        pb.logprobs.extend(_logprobs_to_pb(logprobs) for logprobs in entry.logprobs)
+    if entry.finish_reason is not None:
+        pb.finish_reason = entry.finish_reason.value
+    if entry.stop_token is not None:
+        pb.stop_token = entry.stop_token
+    if entry.num_cached_tokens:
+        pb.num_cached_tokens = entry.num_cached_tokens
+    if entry.path is not None:
+        pb.path = entry.path
+
+
 def entry_to_pb(entry: Entry) -> w.Entry:
     pb = w.Entry(request_id=entry.request_id, attempt=entry.attempt)
     if isinstance(entry, Tokens):
-        tokens = w.Tokens(
-            choice=entry.choice,
-            position=entry.position,
-            token_ids=entry.token_ids,
-            logprobs=[_logprobs_to_pb(logprobs) for logprobs in entry.logprobs],
-            finish_reason=entry.finish_reason.value if entry.finish_reason else "",
-            stop_token=entry.stop_token,
-            num_cached_tokens=entry.num_cached_tokens,
-            path=entry.path or "",
-        )
-        pb.tokens.CopyFrom(tokens)
+        _fill_tokens(pb.tokens, entry)
     elif isinstance(entry, News):
         news = w.News(stage=entry.stage, computed_tokens=entry.computed_tokens, queue_ms=entry.queue_ms)
         pb.news.CopyFrom(news)
@@ -318,21 +325,22 @@ def _source_failed_from_pb(pb: w.Entry) -> SourceFailed:
 
 
 def _tokens_from_pb(request_id: str, attempt: int, pb: w.Tokens) -> Tokens:
-    if pb.finish_reason and pb.finish_reason not in _FINISH:
-        raise WireError(f"finish reason {pb.finish_reason!r}")
-    if pb.path and pb.path not in _PATHS:
-        raise WireError(f"path {pb.path!r}")
+    finish_reason, path, logprobs = pb.finish_reason, pb.path, pb.logprobs
+    if finish_reason and finish_reason not in _FINISH:
+        raise WireError(f"finish reason {finish_reason!r}")
+    if path and path not in _PATHS:
+        raise WireError(f"path {path!r}")
     return Tokens(
         request_id=request_id,
         attempt=attempt,
         choice=pb.choice,
         position=pb.position,
         token_ids=tuple(pb.token_ids),
-        logprobs=tuple(_logprobs_from_pb(logprobs) for logprobs in pb.logprobs),
-        finish_reason=_FINISH.get(pb.finish_reason),
+        logprobs=tuple(map(_logprobs_from_pb, logprobs)) if logprobs else (),
+        finish_reason=_FINISH.get(finish_reason),
         stop_token=pb.stop_token if pb.HasField("stop_token") else None,
         num_cached_tokens=pb.num_cached_tokens,
-        path=_PATHS.get(pb.path),
+        path=_PATHS.get(path),
     )
 
 
