@@ -25,12 +25,14 @@ from cluster.rpc.link import LinkClient
 from cluster.spec import FakeSpec, WorkerSpec
 from cluster.types import (
     AbortRequest,
+    CacheNews,
     Choice,
     Dispatch,
     Entry,
     Failed,
     Heartbeat,
     News,
+    SourceFailed,
     SourceRef,
     Tokens,
     Transport,
@@ -115,6 +117,8 @@ class Worker:
     def _on_entries(self, worker_id: str, entries: tuple[Entry, ...]) -> None:
         assert worker_id == self.worker_id
         for entry in entries:
+            if isinstance(entry, CacheNews | SourceFailed):
+                continue
             request = self.requests[entry.request_id]
             if isinstance(entry, Tokens):
                 assert entry.position == len(request.tokens), "a gap, or a token twice"
@@ -123,7 +127,7 @@ class Worker:
                 request.finish = entry.finish_reason
             elif isinstance(entry, News):
                 request.news.append(entry)
-            else:
+            elif isinstance(entry, Failed):
                 request.failed = entry
 
     def info(self) -> WorkerInfo:
