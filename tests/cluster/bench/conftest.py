@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from cluster.bench.load import Target
@@ -21,6 +21,14 @@ def chunked(*parts: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
 
 
+def about(head: bytes) -> bytes:
+    """The answers to GET: one model, and no /metrics."""
+    if b"/v1/models" not in head:
+        return b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    body = b'{"data": [{"id": "scripted"}]}'
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 @asynccontextmanager
 async def scripted(script: Script, pause_s: float = 0.0) -> AsyncIterator[Target]:
     """Serve while the context lasts. Connections are kept unless a script ends with an empty part."""
@@ -31,6 +39,9 @@ async def scripted(script: Script, pause_s: float = 0.0) -> AsyncIterator[Target
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET"):
+                    writer.write(about(head))
+                    return
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 await reader.readexactly(length)
                 num_requests += 1
@@ -48,10 +59,3 @@ async def scripted(script: Script, pause_s: float = 0.0) -> AsyncIterator[Target
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
         yield Target(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
-
-
-def run(main: Awaitable[None]) -> None:
-    async def inner() -> None:
-        await main
-
-    asyncio.run(inner())

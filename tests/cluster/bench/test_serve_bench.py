@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
 from cluster.bench.counters import difference, parse_counters
 from cluster.bench.serve_bench import Sample, Targets, read_sample, summarise
 from cluster.bench.stream import Reply
-from tests.cluster.bench.conftest import DONE, HEAD, chunked, token
+from cluster.cli.app import app
+from tests.cluster.bench.conftest import DONE, HEAD, chunked, scripted, token
 
 USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 3}}\n\n'
 METRICS = """\
@@ -61,3 +68,48 @@ def test_only_what_moved_is_told_of_the_counters() -> None:
         "neap_ttft_sum": 1.5,
     }
     assert difference(after, after) == {}
+
+
+def run_command(*arguments: str, failing: int = -1) -> tuple[int, str]:
+    """`neap bench serve` against a scripted server whose request number `failing` gets a 429."""
+    good = (HEAD, chunked(token("a")), chunked(token("b")), chunked(USAGE, DONE) + b"0\r\n\r\n")
+    refused = (b"HTTP/1.1 429 x\r\nContent-Length: 33\r\n\r\n", b'{"error": {"code": "overloaded"}}\n')
+
+    async def main() -> tuple[int, str]:
+        async with scripted(lambda number: refused if number == failing else good) as target:
+            command = ["bench", "serve", "--url", target.url, *arguments]
+            result = await asyncio.to_thread(CliRunner().invoke, app, command)
+            return result.exit_code, result.output
+
+    return asyncio.run(main())
+
+
+def test_any_server_can_be_measured_and_the_json_has_every_figure(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    code, shown = run_command("--requests", "30", "--rate", "300", "--json", str(file))
+    figures = json.loads(file.read_text())
+    assert code == 0, shown
+    assert (figures["model"], figures["requests"], figures["failures"]) == ("scripted", 30, {})
+    assert {"ttft_ms", "tpot_ms", "e2e_ms", "goodput", "output_tokens_per_s", "server", "load"} <= set(figures)
+    assert set(figures["ttft_ms"]) == {"p50", "p90", "p99"}
+    assert figures["server"] == {}  # it has no /metrics
+    assert figures["load"]["seed"] == 0 and figures["goodput"]["share"] == 1.0
+    assert "ttft ms" in shown and "goodput" in shown
+
+
+def test_a_refused_request_is_counted_by_kind_and_fails_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    code, _ = run_command("--requests", "12", "--rate", "300", "--json", str(file), failing=5)
+    assert code == 1
+    assert json.loads(file.read_text())["failures"] == {"HTTP 429 overloaded": 1}
+
+
+def test_mistakes_are_named() -> None:
+    for arguments, words in (
+        (["--rate", "0"], "--rate 0 needs --trace"),
+        (["--url", "ftp://x"], "expected http://HOST:PORT"),
+        (["--trace", "/nowhere.csv", "--url", "127.0.0.1:1"], "/nowhere.csv"),
+        (["--url", "127.0.0.1:1"], "/v1/models"),
+    ):
+        result = CliRunner().invoke(app, ["bench", "serve", *arguments])
+        assert result.exit_code == 1 and words in result.output, (arguments, result.output)
