@@ -11,61 +11,49 @@ Life cycle of a call: all is checked and tokenised -> Adds -> steps until all ha
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
-import signal
-import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.core import EngineCore
 from engine.engine import build_engine
-from engine.messages import Abort, Add, NewTokens
+from engine.foreign_options import translate
+from engine.llm_jobs import CompletionOutput as CompletionOutput
+from engine.llm_jobs import Job, run_jobs
+from engine.messages import Add
 from engine.models.hub import model_folder
-from engine.request import SEED_BITS, FinishReason, SamplingParams
+from engine.request import SEED_BITS, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
-from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.bad_words import bad_token_sequences
 from engine.text.generation_defaults import read_generation_defaults
-from engine.text.stop_strings import StopStrings
 from engine.text.tokenizer import Tokenizer
 from engine.tiny.random_checkpoint import default_checkpoint
 
+_log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, object]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionOutput:
-    """One answer. `token_ids` includes the token that stopped it; `text` includes neither that nor a stop string.
-
-    `logprobs` has one entry per token where they were asked for.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutput:
     """One prompt and its answers: `outputs` is the first choice, `choices` are all n of them.
 
-    `prompt` is the text given; for token ids and conversations, what the ids decode to.
+    `prompt` is the text given; for token ids and conversations, what the ids decode to. `prompt_logprobs` has one entry
+    per prompt token where they were asked for, None for the first.
     """
 
     prompt: str
     prompt_token_ids: tuple[int, ...]
     outputs: CompletionOutput
     choices: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class LLM:
@@ -73,16 +61,18 @@ class LLM:
 
     `model` is a checkpoint's folder or a Hugging Face id (`revision`: its branch, tag or commit); without it a small
     random checkpoint is made under ~/.cache/neap: it answers noise, but everything works.
-    `options` are the fields of EngineConfig (max_model_len, dtype, device, max_num_seqs, threads, kv_cache_bytes, ...).
+    `options` are the fields of EngineConfig (max_model_len, dtype, device, max_num_seqs, threads, kv_cache_bytes, ...);
+    those of FastDeploy's and vLLM's LLM are understood as engine/foreign_options.py lists them.
     `seed` is where the seeds of requests without one come from. Raises ValueError for wrong options or checkpoints.
     """
 
     def __init__(self, model: str | Path | None = None, *, revision: str = "", seed: int = 0, **options: Any) -> None:
+        known = frozenset(field.name for field in dataclasses.fields(EngineConfig)) - {"model"}
+        options, notices = translate(options, known)
+        if notices:
+            _log.warning("no meaning here, ignored: %s", ", ".join(notices))
         given = model_folder(str(model), revision=revision) if model is not None else None
         path = given or default_checkpoint(Path.home() / ".cache" / "neap")
-        known = {field.name for field in dataclasses.fields(EngineConfig)} - {"model"}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"unknown option {unknown[0]!r}; the options are: {', '.join(sorted(known))}")
         self.tokenizer = Tokenizer.load(path)
         self.default_sampling_params = read_generation_defaults(path)
         self._engine = build_engine(EngineConfig(model=str(path), **options))
@@ -99,16 +89,21 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Complete one or many prompts (text or token ids), results in the same order.
 
-        One SamplingParams for all, one for each, or None for the checkpoint's defaults. Raises ValueError for anything
+        One SamplingParams for all, one for each, or None for the checkpoint's defaults; one `priority` for each, lower
+        ones sooner; prompts share cached KV only with prompts of the same `cache_salt`. Raises ValueError for anything
         wrong with any of them before anything runs. Ctrl-C aborts what runs and leaves the engine usable.
         """
         listed = _listed_prompts(prompts)
+        params = self._listed_params(sampling_params, len(listed))
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
         token_ids = [self._encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(listed)]
-        return self._run(texts, token_ids, sampling_params)
+        return self._run(texts, token_ids, params, priority, cache_salt)
 
     def chat(
         self,
@@ -117,18 +112,20 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, object] | None = None,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Answer one conversation or many, through the checkpoint's chat template. Otherwise as `generate`."""
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[object] = messages if many else [messages]
-        token_ids = []
-        for index, conversation in enumerate(conversations):
-            where = f"conversations[{index}]" if many else "messages"
-            encoded = self.tokenizer.encode_chat(
+        params = self._listed_params(sampling_params, len(conversations))
+        token_ids = [
+            self.tokenizer.encode_chat(
                 conversation, add_generation_prompt=add_generation_prompt, extra=chat_template_kwargs
             )
-            token_ids.append(self._check_ids(encoded, where))
-        return self._run([None] * len(token_ids), token_ids, sampling_params)
+            for conversation in conversations
+        ]
+        return self._run([None] * len(token_ids), token_ids, params, priority, cache_salt, "conversations")
 
     def close(self) -> None:
         """Free the KV memory (once; also done when the object is collected). The LLM can't be used afterwards."""
@@ -144,10 +141,10 @@ class LLM:
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         if isinstance(prompt, str):
-            return self._check_ids(self.tokenizer.encode(prompt), where)
+            return self.tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence) or not all(isinstance(token, int | np.integer) for token in prompt):
             raise ValueError(f"{where} must be text or a list of token ids, got {type(prompt).__name__}")
-        return self._check_ids([int(token) for token in prompt], where)
+        return [int(token) for token in prompt]
 
     def _check_ids(self, token_ids: list[int], where: str) -> list[int]:
         if not token_ids:
@@ -165,18 +162,35 @@ class LLM:
         self,
         texts: Sequence[str | None],
         token_ids: Sequence[list[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: Sequence[SamplingParams],
+        priority: Sequence[int] | None,
+        cache_salt: str,
+        what: str = "prompts",
     ) -> list[RequestOutput]:
         if not self._free.alive:
             raise ValueError("this LLM is closed")
-        params = [self._complete(one) for one in self._listed_params(sampling_params, len(token_ids))]
-        self._num_calls += 1
-        jobs = [
-            [self._job(f"{self._num_calls}-{index}-{choice}", ids, one, choice) for choice in range(one.n)]
+        if priority is not None and len(priority) != len(token_ids):
+            raise ValueError(f"{len(token_ids)} prompts need {len(token_ids)} priorities, got {len(priority)}")
+        params = [self._complete(one) for one in sampling_params]
+        kept = [
+            self._check_ids(self._truncated(ids, one), f"{what}[{index}]")
             for index, (ids, one) in enumerate(zip(token_ids, params, strict=True))
         ]
+        self._num_calls += 1
+        salt = cache_salt.encode()
+        jobs = [
+            [self._job(index, choice, ids, one, priority[index] if priority else 0, salt) for choice in range(one.n)]
+            for index, (ids, one) in enumerate(zip(kept, params, strict=True))
+        ]
         run_jobs(self._engine.core, jobs)
-        return [self._result(text, ids, choices) for text, ids, choices in zip(texts, token_ids, jobs, strict=True)]
+        return [self._result(text, ids, choices) for text, ids, choices in zip(texts, kept, jobs, strict=True)]
+
+    def _truncated(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The end of a prompt, as far as truncate_prompt_tokens wants it."""
+        keep = params.truncate_prompt_tokens
+        if keep == -1:
+            keep = max(self._engine.max_model_len - (params.max_tokens or 1), 1)
+        return token_ids if keep is None else token_ids[-keep:]
 
     def _listed_params(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -191,17 +205,32 @@ class LLM:
 
     def _complete(self, params: SamplingParams) -> SamplingParams:
         """Checked against the vocabulary, and with every end of sentence as a stop."""
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if any(not 0 <= token < self._vocab_size for token in ids):
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            if any(not 0 <= token < self._vocab_size for token in getattr(params, name)):
                 raise ValueError(f"{name}: token ids must be in [0, {self._vocab_size})")
+        if params.bad_words:
+            sequences = bad_token_sequences(self.tokenizer, params.bad_words)
+            params = dataclasses.replace(params, bad_token_sequences=(*params.bad_token_sequences, *sequences))
         if params.ignore_eos or not self._more_eos:
             return params
         return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *self._more_eos))
 
-    def _job(self, request_id: str, token_ids: list[int], params: SamplingParams, choice: int) -> Job:
+    def _job(
+        self, index: int, choice: int, token_ids: list[int], params: SamplingParams, priority: int, salt: bytes
+    ) -> Job:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(SEED_BITS)
         prompt = np.array(token_ids, dtype="<i4").tobytes()
-        add = Add(request_id=request_id, prompt=prompt, params=params, seed=seed, choice=choice)
+        if choice:  # the first choice tells the prompt's logprobs for all
+            params = dataclasses.replace(params, prompt_logprobs=None)
+        add = Add(
+            request_id=f"{self._num_calls}-{index}-{choice}",
+            prompt=prompt,
+            params=params,
+            seed=seed,
+            choice=choice,
+            cache_salt=salt,
+            priority=priority,
+        )
         return Job(add, self.tokenizer)
 
     def _result(self, text: str | None, token_ids: list[int], choices: Sequence[Job]) -> RequestOutput:
@@ -211,7 +240,11 @@ class LLM:
             prompt_token_ids=tuple(token_ids),
             outputs=outputs[0],
             choices=outputs,
+            prompt_logprobs=self._scores(choices[0]),
         )
+
+    def _scores(self, first: Job) -> tuple[TokenLogprobs | None, ...] | None:
+        return None if first.add.params.prompt_logprobs is None else (None, *first.prompt_logprobs)
 
 
 def _nothing() -> None:
@@ -227,129 +260,3 @@ def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and all(isinstance(token, int | np.integer) for token in prompts):
         return [cast(Sequence[int], prompts)]
     return list(cast(Sequence[Prompt], prompts))
-
-
-class Job:
-    """One choice of one prompt while it runs: its tokens so far and their text."""
-
-    def __init__(self, add: Add, tokenizer: Tokenizer) -> None:
-        self.add = add
-        self.finish_reason: FinishReason | None = None
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._detokenizer = IncrementalDetokenizer(tokenizer, add.params.skip_special_tokens)
-        self._stops = StopStrings(add.params.stop)
-        self._text: list[str] = []
-
-    def take(self, news: NewTokens) -> None:
-        """Add what a step produced. Raises RuntimeError when the engine gave the request up."""
-        assert news.first_position == len(self._token_ids), "an engine in this process loses no tokens"
-        if news.error is not None:
-            raise RuntimeError(f"the engine ended a request: {news.error}")
-        self._logprobs += news.logprobs
-        for token in news.token_ids:
-            self._token_ids.append(token)
-            if news.stop_token is None and self._show(self._detokenizer.push((token,))):
-                self.finish_reason = FinishReason.STOP
-                return
-        if news.finish_reason is not None:
-            self.finish_reason = news.finish_reason
-            if self._show(self._detokenizer.flush()):
-                self.finish_reason = FinishReason.STOP
-            self._text.append(self._stops.flush())
-
-    def _show(self, text: str) -> bool:
-        """Add text; whether a stop string ends it. As with stop tokens, nothing stops before min_tokens."""
-        if len(self._token_ids) <= self.add.params.min_tokens:
-            self._text.append(text)
-            return False
-        shown, stopped = self._stops.push(text)
-        self._text.append(shown)
-        return stopped
-
-    def output(self) -> CompletionOutput:
-        """The finished answer."""
-        assert self.finish_reason is not None, "only finished jobs have an output"
-        return CompletionOutput(
-            index=self.add.choice,
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            finish_reason=self.finish_reason,
-            logprobs=tuple(self._logprobs) if self.add.params.logprobs is not None else None,
-        )
-
-
-def run_jobs(core: EngineCore, prompts: Sequence[Sequence[Job]]) -> None:
-    """Run all jobs (per prompt, its choices) to their ends. Whatever is raised, nothing of them stays in the engine.
-
-    The first choice of a prompt goes alone until its first token, so that the others find the prompt in the cache.
-    """
-    running = {choices[0].add.request_id: choices[0] for choices in prompts}
-    siblings = {choices[0].add.request_id: choices[1:] for choices in prompts}
-    with _interrupts_between_steps() as check_interrupt, _aborted_on_error(core, running):
-        for job in running.values():
-            core.submit(job.add)
-        while running:
-            check_interrupt()
-            events = core.step()
-            if events is None:
-                raise RuntimeError("the engine has nothing to do while requests are unfinished")
-            for news in events.tokens:
-                if news.request_id not in running:
-                    continue  # ended by a stop string; the abort was on its way
-                job = running[news.request_id]
-                job.take(news)
-                for sibling in siblings.pop(news.request_id, ()):
-                    running[sibling.add.request_id] = sibling
-                    core.submit(sibling.add)
-                if job.finish_reason is not None:
-                    del running[news.request_id]
-                    if news.finish_reason is None:
-                        core.submit(Abort(request_id=news.request_id))
-        _drain(core)
-
-
-@contextmanager
-def _aborted_on_error(core: EngineCore, running: dict[str, Job]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for request_id in running:
-            core.submit(Abort(request_id=request_id))
-        _drain(core)
-        raise
-
-
-def _drain(core: EngineCore) -> None:
-    """Let aborts take effect and steps in flight land."""
-    while core.has_work:
-        core.step()
-
-
-@contextmanager
-def _interrupts_between_steps() -> Iterator[Any]:
-    """Hold Ctrl-C back until a step is complete: one in the middle would leave scheduler and runner apart.
-
-    Gives a function to call between steps. A second Ctrl-C acts at once. Other threads never get one.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    asked: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        if asked and callable(before):
-            before(number, frame)
-        asked.append(number)
-
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield check
-        check()
-    finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pytest
 
 from engine.fake_engine import FakeConfig, FakeModel, build_fake_engine
-from engine.llm import LLM, Job, RequestOutput, run_jobs
+from engine.llm import LLM, RequestOutput
+from engine.llm_jobs import Job, run_jobs
 from engine.messages import Add, StepEvents
 from engine.request import FinishReason, SamplingParams
 from engine.text.tokenizer import Tokenizer
