@@ -170,11 +170,3 @@ class Ernie45ForCausalLM:
         yield "model.norm.weight", self.norm.weight
         if self.lm_head is not None:
             yield "lm_head.weight", self.lm_head.weight
-
-    def pack(self) -> None:
-        """After loading: every weight takes the form that its method reads."""
-        self.embed_tokens.pack()
-        if self.lm_head is not None:
-            self.lm_head.pack()
-        for layer in self.layers:
-            layer.pack()

@@ -11,8 +11,6 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,33 +75,43 @@ def _stored(path: Path, name: str, entry: dict[str, object], data_start: int) ->
     return StoredTensor(path=path, name=name, dtype=dtype, shape=sizes, offset=data_start + start)
 
 
-class Staging:
-    """Counts the bytes that readers hold beside the model, so that a test can bound them."""
+class ByteCount:
+    """How many bytes are held, and were at most. Threads may share it."""
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self.chunk_bytes = chunk_bytes
+    def __init__(self) -> None:
         self.peak_bytes = 0
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._lock = threading.Lock()
 
-    @contextmanager
-    def buffer(self, num_bytes: int) -> Iterator[Tensor]:
-        """uint8 [num_bytes] for as long as the context lasts."""
+    def hold(self, num_bytes: int) -> None:
+        """From now on."""
         with self._lock:
-            self._held_bytes += num_bytes
-            self.peak_bytes = max(self.peak_bytes, self._held_bytes)
-        try:
-            yield torch.empty(num_bytes, dtype=torch.uint8)
-        finally:
-            with self._lock:
-                self._held_bytes -= num_bytes
+            self.held_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def release(self, num_bytes: int) -> None:
+        """No longer."""
+        with self._lock:
+            self.held_bytes -= num_bytes
+
+
+class LoadAccount:
+    """What a load holds beside the packed model, for tests: weights that are not packed yet, and readers' buffers."""
+
+    def __init__(self) -> None:
+        self.unpacked = ByteCount()
+        self.buffers = ByteCount()
 
 
 class TensorReader:
-    """The open files of one load. Threads may share it; close it after the last read."""
+    """The open files of one load. Threads may share it; close it after the last read.
 
-    def __init__(self, staging: Staging) -> None:
-        self._staging = staging
+    What can't be read straight to its place goes through buffers of `chunk_bytes` (or one row, if that is more).
+    """
+
+    def __init__(self, buffers: ByteCount, chunk_bytes: int) -> None:
+        self._buffers = buffers
+        self._chunk_bytes = chunk_bytes
         self._descriptors: dict[Path, int] = {}
 
     def open(self, path: Path) -> None:
@@ -143,19 +151,21 @@ class TensorReader:
     def _read_chunks(self, stored: StoredTensor, targets: list[Tensor], *, transposed: bool) -> None:
         num_rows = stored.shape[0]
         row_bytes = stored.num_bytes // max(num_rows, 1)
-        step = max(self._staging.chunk_bytes // max(row_bytes, 1), 1)
+        step = max(self._chunk_bytes // max(row_bytes, 1), 1)
         for start in range(0, num_rows, step):
             count = min(step, num_rows - start)
-            with self._staging.buffer(count * row_bytes) as data:
-                self._fill(stored, start * row_bytes, data)
-                chunk = data.view(stored.dtype).view(count, *stored.shape[1:])
-                if not transposed:
-                    targets[0][start : start + count].copy_(chunk)
-                    continue
-                column = 0
-                for target in targets:
+            self._buffers.hold(count * row_bytes)
+            data = torch.empty(count * row_bytes, dtype=torch.uint8)
+            self._fill(stored, start * row_bytes, data)
+            chunk = data.view(stored.dtype).view(count, *stored.shape[1:])
+            column = 0
+            for target in targets:
+                if transposed:
                     target[:, start : start + count].copy_(chunk[:, column : column + target.shape[0]].T)
                     column += target.shape[0]
+                else:
+                    target[start : start + count].copy_(chunk)
+            self._buffers.release(count * row_bytes)
 
     def _fill(self, stored: StoredTensor, start: int, data: Tensor) -> None:
         left = data.numpy().data

@@ -1,10 +1,11 @@
 """Loads checkpoints: safetensors in one file or in shards, `-PT` or `-Paddle` layout, several readers at once.
 
 1. headers -> what is read to where     wrong names and shapes end here, before anything is read
-2. reads, MAX_READERS at a time         straight into the weights where dtype and layout are theirs; else by chunks
-3. pack                                 each weight takes the form that its method reads
+2. per unit (embedding, head, a layer)  its tensors are read, MAX_READERS at a time: straight into the weights where
+                                        dtype and layout are theirs, else in chunks
+3. while the next unit is read          it is packed: its loaded form goes
 
-So the peak is the model and MAX_READERS * CHUNK_BYTES, less than one layer of any published model.
+So at most two units are there unpacked, and the peak is the model and about one layer.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from engine.models.checkpoint_layout import placement
 from engine.models.ernie45 import Ernie45ForCausalLM
-from engine.models.safetensors_files import Staging, StoredTensor, TensorReader, read_header
+from engine.models.safetensors_files import LoadAccount, StoredTensor, TensorReader, read_header
 
 Progress = Callable[[int, int], None]
 
 MAX_READERS = 4
-CHUNK_BYTES = 4 << 20
+MAX_CHUNK_BYTES = 4 << 20
+_LAYERS = "model.layers."
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SAMPLE_BYTES = 4096
@@ -56,27 +60,30 @@ def shard_paths(model_dir: Path) -> list[Path]:
 
 
 def load_weights(
-    model: Ernie45ForCausalLM,
-    model_dir: Path,
-    progress: Progress | None = None,
-    *,
-    staging: Staging | None = None,
-    num_readers: int = MAX_READERS,
+    model: Ernie45ForCausalLM, model_dir: Path, progress: Progress | None = None, *, account: LoadAccount | None = None
 ) -> None:
     """Fill every weight of `model` and pack it.
 
     `progress(done, total)` in bytes, about 100 times, from this thread. Multi-token-prediction weights are ignored, and
-    so is an lm_head.weight where the config ties it. `staging` counts what is held beside the model (tests). Raises
-    ValueError naming tensors that are missing, unexpected or misshapen, before anything is read.
+    so is an lm_head.weight where the config ties it. `account` counts what is held beside the packed model (tests).
+    Raises ValueError naming tensors that are missing, unexpected or misshapen, before anything is read.
     """
     paths = shard_paths(model_dir)
-    reads = _planned(model, model_dir, paths)
-    with closing(TensorReader(staging or Staging(CHUNK_BYTES))) as reader:
+    units = _planned(model, model_dir, paths)
+    chunk_bytes = max(min(unit.num_bytes for unit in units if unit.is_layer) // MAX_READERS, 1)
+    account = account or LoadAccount()
+    with closing(TensorReader(account.buffers, min(chunk_bytes, MAX_CHUNK_BYTES))) as reader:
         for path in paths:
             reader.open(path)
-        _read_all(reader, reads, num_readers, progress)
-    reads.clear()  # their views would keep the unpacked weights alive while the model packs
-    model.pack()
+        _load_units(reader, units, account, progress)
+
+
+class Packable(Protocol):
+    """What turns its loaded weights into the form that its layers read."""
+
+    def pack(self) -> None:
+        """Once, after loading."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +93,41 @@ class _Read:
     transposed: bool
 
 
-def _planned(model: Ernie45ForCausalLM, model_dir: Path, paths: list[Path]) -> list[_Read]:
-    """What is read to where: every target once, in the order of the files."""
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """What is packed at once, by the prefix of its names. `reads` hold its weights, so they go once they are run."""
+
+    prefix: str
+    packable: Packable | None
+    reads: list[_Read]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights in the checkpoint."""
+        return sum(read.stored.num_bytes for read in self.reads)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a decoder layer."""
+        return self.prefix.startswith(_LAYERS)
+
+
+def _units(model: Ernie45ForCausalLM) -> list[_Unit]:
+    """The largest first: what its packing takes beside it comes while little else is there."""
+    parts: list[tuple[str, Packable | None]] = [("model.embed_tokens.", model.embed_tokens), ("model.norm.", None)]
+    if model.lm_head is not None:
+        parts.append(("lm_head.", model.lm_head))
+    parts += [(f"{_LAYERS}{index}.", layer) for index, layer in enumerate(model.layers)]
+    return [_Unit(prefix=prefix, packable=packable, reads=[]) for prefix, packable in parts]
+
+
+def _planned(model: Ernie45ForCausalLM, model_dir: Path, paths: list[Path]) -> list[_Unit]:
+    """What is read to where, in the order in which it is packed: every target once."""
     targets = dict(model.targets())
+    units = _units(model)
+    unit_of = {name: next(unit for unit in units if name.startswith(unit.prefix)) for name in targets}
     seen: dict[str, Path] = {}
     unexpected: list[str] = []
-    reads: list[_Read] = []
     for stored in (tensor for path in paths for tensor in read_header(path)):
         if stored.name in seen:
             raise ValueError(f"{stored.path}: {stored.name} is in an earlier shard too ({seen[stored.name].name})")
@@ -102,12 +138,13 @@ def _planned(model: Ernie45ForCausalLM, model_dir: Path, paths: list[Path]) -> l
         if not all(name in targets for name in place.names):
             unexpected.append(stored.name)
             continue
-        reads.append(_planned_read(stored, [targets.pop(name) for name in place.names], place.transposed))
+        read = _planned_read(stored, [targets.pop(name) for name in place.names], place.transposed)
+        unit_of[place.names[0]].reads.append(read)
     if unexpected:
         raise ValueError(f"{model_dir}: unexpected weights: {_some(unexpected)}")
     if targets:
         raise ValueError(f"{model_dir}: missing weights: {_some(list(targets))}")
-    return reads
+    return units
 
 
 def _planned_read(stored: StoredTensor, targets: list[Tensor], transposed: bool | None) -> _Read:
@@ -121,24 +158,35 @@ def _planned_read(stored: StoredTensor, targets: list[Tensor], transposed: bool 
     return _Read(stored=stored, targets=targets, transposed=transposed)
 
 
-def _read_all(reader: TensorReader, reads: list[_Read], num_readers: int, progress: Progress | None) -> None:
-    """Several tensors at a time, whatever shard they are in; the first error ends the others."""
-    done, told, total = 0, 0, sum(read.stored.num_bytes for read in reads)
-    with ThreadPoolExecutor(num_readers, thread_name_prefix="weights") as pool:
-        running = {
-            pool.submit(reader.read, read.stored, read.targets, transposed=read.transposed): read.stored.num_bytes
-            for read in reads
-        }
+def _load_units(reader: TensorReader, units: list[_Unit], account: LoadAccount, progress: Progress | None) -> None:
+    """Read a unit's tensors, whatever shard they are in, while the one before is packed. The first error ends all."""
+    told, done, total = 0, 0, sum(unit.num_bytes for unit in units)
+    reading: deque[tuple[_Unit, int, list[Future[int]]]] = deque()
+    with ThreadPoolExecutor(MAX_READERS, thread_name_prefix="weights") as pool:
         try:
-            for finished in as_completed(running):
-                finished.result()
-                done += running.pop(finished)
-                if progress is not None and ((done - told) * 100 >= total or not running):
-                    told = done
-                    progress(done, total)
+            for unit in [*units, None]:
+                if unit is not None:
+                    account.unpacked.hold(unit.num_bytes)
+                    reading.append((unit, unit.num_bytes, [pool.submit(_run, reader, read) for read in unit.reads]))
+                    unit.reads.clear()
+                while len(reading) > (1 if unit is not None else 0):
+                    loaded, size, futures = reading.popleft()
+                    for future in futures:
+                        done += future.result()
+                        if progress is not None and ((done - told) * 100 >= total or done == total):
+                            told = done
+                            progress(done, total)
+                    if loaded.packable is not None:
+                        loaded.packable.pack()
+                    account.unpacked.release(size)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _run(reader: TensorReader, read: _Read) -> int:
+    reader.read(read.stored, read.targets, transposed=read.transposed)
+    return read.stored.num_bytes
 
 
 def weights_digest(model_dir: Path) -> str:

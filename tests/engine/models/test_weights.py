@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.layers.options import LayerOptions
 from engine.models.ernie45 import Ernie45ForCausalLM
 from engine.models.model_config import load_model_config
 from engine.models.registry import build_model
+from engine.models.safetensors_files import LoadAccount, read_header
 from engine.models.weights import load_weights, weights_digest
 from engine.tiny.random_checkpoint import make_random_checkpoint
 
@@ -108,6 +110,46 @@ def test_progress_counts_bytes_up_to_the_total(tmp_path: Path) -> None:
     load_weights(model, tmp_path, lambda done, total: seen.append((done, total)))
     total = sum(tensor.nbytes for file in tmp_path.glob("*.safetensors") for tensor in load_file(file).values())
     assert seen == sorted(seen) and seen[-1] == (total, total) and len(seen) > 10
+
+
+@pytest.mark.parametrize("shape", [{}, {**MOE, "moe_layer_start_index": 0}], ids=["dense", "moe"])
+def test_a_load_holds_little_beside_the_packed_model(tmp_path: Path, shape: dict[str, Any]) -> None:
+    """Cast from bfloat16, so everything goes through buffers; from many shards, so tensors of a layer lie apart."""
+    make_random_checkpoint(tmp_path, dtype="bfloat16", num_shards=5, num_hidden_layers=6, **shape)
+    tensors = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    layer = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.0."))
+    table = tensors["model.embed_tokens.weight"].nbytes
+    model, account = fresh_model(tmp_path), LoadAccount()
+    load_weights(model, tmp_path, account=account)
+    assert 0 < account.buffers.peak_bytes <= layer
+    assert max(layer, table) <= account.unpacked.peak_bytes <= 2 * max(layer, table)
+    assert account.buffers.held_bytes == account.unpacked.held_bytes == 0
+
+
+def test_an_error_in_a_reader_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_random_checkpoint(tmp_path, num_shards=3)
+    monkeypatch.setattr("os.preadv", lambda *_: 0)
+    with pytest.raises(ValueError, match=r"model-0000.-of-00003\.safetensors ends within model\..*: it has been cut"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}, r"x is stored as I8, which is not supported"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, r"8 bytes are not those of its shape \[4\]"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}, r"x lies outside of it"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, r"not a readable safetensors file"),
+        ({"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}, r"not a readable safetensors file"),
+        ([], r"not a readable safetensors file"),
+    ],
+)
+def test_headers_are_checked_against_the_file(tmp_path: Path, entry: object, message: str) -> None:
+    header = json.dumps({"x": entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=message):
+        read_header(file)
 
 
 def test_digest_names_the_weights(tmp_path: Path) -> None:
