@@ -74,6 +74,9 @@ sampling = st.builds(
     max_tokens=st.integers(4, 2**20),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+    allowed_token_ids=tuples(st.integers(0, 2**31 - 1)),
+    bad_token_sequences=tuples(tuples(st.integers(0, 2**31 - 1), min_size=1)),
 )
 dispatches = st.builds(
     types.Dispatch,
@@ -87,6 +90,7 @@ dispatches = st.builds(
     remaining_ms=u63,
     sources=tuples(sources),
     cache_salt=st.binary(max_size=8),
+    priority=i32,
 )
 router_messages = (
     dispatches
@@ -122,6 +126,13 @@ entries = (
         stage=st.sampled_from(get_args(types.Stage)),
         computed_tokens=u32,
         queue_ms=u32,
+    )
+    | st.builds(
+        types.PromptScores,
+        request_id=text,
+        attempt=u32,
+        first_position=u32,
+        logprobs=tuples(token_logprobs()),
     )
     | st.builds(types.Failed, request_id=text, attempt=u32, code=text, message=text)
     | st.builds(
@@ -273,6 +284,11 @@ def test_bad_sampling_and_reserved_fields_are_wire_errors() -> None:
     message.dispatch.sampling.temperature = float("nan")
     with pytest.raises(c.WireError, match="temperature"):
         c.router_message_from_pb(message)
+    for field, value in (("allowed_token_ids", b"abcde"), ("allowed_token_ids", b"\xff" * 4)):
+        message = c.router_message_to_pb(DISPATCH)
+        setattr(message.dispatch.sampling, field, value)
+        with pytest.raises(c.WireError, match=field):
+            c.router_message_from_pb(message)
     message = c.router_message_to_pb(DISPATCH)
     message.dispatch.adapters.append("lora")
     with pytest.raises(c.WireError, match="adapters"):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.types import AbortRequest, Choice, Dispatch, Failed, News, SourceRef, Tokens, WorkerInfo
+from cluster.types import AbortRequest, Choice, Dispatch, Failed, News, PromptScores, SourceRef, Tokens, WorkerInfo
 from cluster.worker.decode import DecodeMachine, decode_capacity
 from cluster.worker.effects import Effect, SendEntry, ToEngine
 from engine.kv.layout import KVLayout
-from engine.messages import Abort, Add, NewTokens, Probe, Probed, PullClosed, Reserved, StepEvents
+from engine.messages import Abort, Add, NewTokens, Probe, Probed, PromptLogprobs, PullClosed, Reserved, StepEvents
 from engine.request import FinishReason, SamplingParams
+from engine.scheduler.batch import TokenLogprobs
 
 LAYOUT = KVLayout(num_blocks=64, num_layers=1, num_kv_heads=1, block_size=16, head_dim=8, dtype="uint8")
 INFO = WorkerInfo(
@@ -261,3 +262,27 @@ def test_news_come_every_half_second_until_the_first_token() -> None:
     assert times == [0.5, 1.0, 1.5, 2.0]
     m.on_events(2.1, new_tokens(engine_id, 0, 11))
     assert m.next_timer() == 60.0
+
+
+def test_prompt_logprobs_come_up_first_and_only_the_first_choice_asks_the_rank_for_them() -> None:
+    decode = machine()
+    asked = dispatch(
+        choices=tuple(Choice(index=i, seed=i) for i in range(3)),
+        params=SamplingParams(max_tokens=8, prompt_logprobs=1),
+        priority=-4,
+    )
+    (first,) = commands(decode.on_dispatch(0.0, "l", asked), Add)
+    assert (first.params.prompt_logprobs, first.priority) == (1, -4)
+    one = TokenLogprobs(logprob=-1.0, top_ids=(5,), top_logprobs=(-1.0,))
+    news = PromptLogprobs(request_id=first.request_id, first_position=1, logprobs=(one,) * 9)
+    (scores,) = entries(decode.on_events(0.1, StepEvents(step=1, num_tokens=10, replies=(news,))), PromptScores)
+    assert (scores.request_id, scores.attempt, scores.first_position) == ("r", 1, 1) and scores.logprobs == (one,) * 9
+    tokens = NewTokens(request_id=first.request_id, first_position=0, token_ids=(7,))
+    effects = decode.on_events(0.2, StepEvents(step=2, num_tokens=1, tokens=(tokens,)))
+    others = commands(effects, Add)
+    assert [add.choice for add in others] == [1, 2]
+    assert {add.params.prompt_logprobs for add in others} == {None}
+    assert isinstance(effects[0], SendEntry), "the first choice's token goes up before the others begin"
+    aborted = decode.on_abort(0.3, "l", AbortRequest(request_id="r", attempt=1))
+    assert len(commands(aborted, Abort)) == 3
+    assert decode.on_events(0.4, StepEvents(step=3, num_tokens=1, replies=(news,))) == []

@@ -6,7 +6,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.text import chat_template
-from engine.text.chat_template import ChatTemplate, check_messages
+from engine.text.chat_template import ChatTemplate, SwitchError, check_messages
 
 USER = [{"role": "user", "content": "u1"}]
 
@@ -110,3 +110,34 @@ def test_templates_render_as_transformers_does(source: str) -> None:
     tokens = {"bos_token": "<s>", "cls_token": "<|begin_of_sentence|>", "sep_token": "<|end_of_sentence|>"}
     expected, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **tokens)
     assert render(source, messages, **tokens) == expected[0]
+
+
+THINKING_TEMPLATE = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "switches", "known"),
+    [
+        (THINKING_TEMPLATE, {"messages": []}, False),
+        (THINKING_TEMPLATE, {"bos_token": "x"}, False),
+        (THINKING_TEMPLATE, {"enable_thinking": "yes"}, True),
+        (THINKING_TEMPLATE, {"options": {"thinking_mode": "ajar"}}, True),
+        (THINKING_TEMPLATE, {"options": {"thinking_mode": "open"}}, False),
+        (None, {"enable_thinking": True}, False),
+    ],
+)
+def test_a_switch_must_be_of_the_list_of_its_type_and_looked_at(
+    source: str | None, switches: dict[str, object], known: bool
+) -> None:
+    with pytest.raises(SwitchError) as caught:
+        ChatTemplate(source, {}).check_switches(switches)
+    assert caught.value.known == known and caught.value.name in switches
+
+
+def test_a_switch_reaches_the_template_and_off_is_harmless_where_there_is_none() -> None:
+    template = ChatTemplate(THINKING_TEMPLATE, {})
+    messages = [{"role": "user", "content": "hi"}]
+    for value, text in ((True, "hi<think>"), (False, "hi")):
+        assert template.render(messages, extra=template.check_switches({"enable_thinking": value})) == text
+    off = {"enable_thinking": False, "options": {"thinking_mode": "close"}}
+    assert ChatTemplate(None, {}).check_switches(off) == off
