@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.router.policies import Placement
@@ -30,6 +30,12 @@ class Decision:
     tpot_ms: float | None = None
     cached_tokens: int | None = None
     path: str | None = None
+    failed: dict[str, str] = field(default_factory=dict)  # sources that failed this very attempt -> reason
+
+    @property
+    def source(self) -> str | None:
+        """The source that may have served it: the first that has not failed."""
+        return next((source for source in self.sources if source not in self.failed), None)
 
     @property
     def kind(self) -> str:
@@ -61,6 +67,8 @@ def words(decision: Decision) -> list[str]:
             f"Instead {_where(other.decode, other.source)}: first token {_ms(other.ttft_ms)}, "
             f"{_ms(other.tpot_ms)} per token, cost {_ms(other.cost_ms)} against {_ms(predicted.cost_ms)}."
         )
+    for source, reason in decision.failed.items():
+        lines.append(f"{source} failed it ({reason}); {placement.decode} avoids it for a while.")
     return [*lines, _outcome(decision)]
 
 

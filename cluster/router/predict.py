@@ -17,20 +17,19 @@ No GPU name is looked at. A worker that measured nothing is taken for NOMINAL.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from cluster.router.views import RequestView, WorkerView
 from cluster.types import PeerRate
 from engine.scheduler.profile import Profile, interpolate
 
 NOMINAL = Profile(prefill=((1, 5.0), (1000, 200.0)), decode=((1, 5.0), (32, 20.0)), kv_token_bytes=32768)
-NOMINAL_LATENCY_MS = 1.0
-NOMINAL_GB_PER_S = 1.0
+NOMINAL_RATE = PeerRate(peer_id="", transport="grpc", gb_per_s=1.0, latency_ms=1.0)
 ALONE, REMOTE = "alone", "remote"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds; see the picture above. `source` None: the decode worker alone."""
 
     decode: str
@@ -47,8 +46,8 @@ class Prediction:
     @property
     def ttft_ms(self) -> float:
         """Time to first token, from the dispatch."""
-        parts = (self.wait_ms, self.queue_ms, self.compute_ms, self.transfer_ms, self.steps_ms, self.overhead_ms)
-        return sum(parts)
+        ahead_ms = self.wait_ms + self.queue_ms
+        return ahead_ms + self.compute_ms + self.transfer_ms + self.steps_ms + self.overhead_ms
 
 
 class DecodeCosts:
@@ -67,7 +66,38 @@ class DecodeCosts:
         self.riding_ms = max(0.0, self.step_ms - scale * interpolate(profile.decode, 0)) if running else 0.0
         # rows come free one by one: each after a whole answer, `most` of them at a time
         self.wait_ms = max(0, rows + new - most) * request.num_outputs * self.tpot_ms / most
-        self.slows_ms = running * request.num_outputs * max(0.0, self.tpot_ms - self.step_ms)
+        # in a full batch it takes the row of one that ends, and the others go no faster for that one's end
+        others = max(0, with_us - new)
+        without_ms = self.step_ms if others == running else scale * profile.decode_step_ms(others, context)
+        self.slows_ms = others * request.num_outputs * max(0.0, self.tpot_ms - without_ms)
+
+
+class SourceCosts:
+    """What source P adds, whoever decodes. Milliseconds and tokens. The decode worker runs the last token itself."""
+
+    def __init__(self, request: RequestView, view: WorkerView) -> None:
+        profile, wanted = _profile(view), request.num_tokens - 1
+        cached = min(view.cached_tokens, wanted)
+        computed = wanted - cached
+        self.worker_id = view.info.worker_id
+        self.queue_ms = view.backlog_ms
+        self.compute_ms = view.scales[0] * profile.prefill_ms(computed, cached)
+        self.ready_ms = self.queue_ms + self.compute_ms
+        self._wanted = wanted
+        # KV of all steps but the last is moved while the next one is computed
+        at_once = profile.max_step_tokens
+        self._last = wanted if computed <= at_once else computed % at_once or at_once
+        self._rates = view.rates
+        self._token_bytes = profile.kv_token_bytes
+
+    def transfer_ms(self, decode: WorkerView) -> float:
+        """What of the KV is still to be moved when the source has computed: its last step's, or more on a slow link."""
+        rate = self._rates.get(decode.info.worker_id) or _typical(self._rates)
+        moved = max(0, self._wanted - decode.cached_tokens)
+        ms_per_token = self._token_bytes / (rate.gb_per_s * 1e6)
+        if self._last >= moved:
+            return rate.latency_ms + moved * ms_per_token
+        return rate.latency_ms + max(self._last * ms_per_token, moved * ms_per_token - self.compute_ms)
 
 
 class Predictor:
@@ -76,41 +106,15 @@ class Predictor:
     def __init__(self, request: RequestView) -> None:
         self._request = request
 
-    def source_ms(self, source: WorkerView) -> tuple[float, float]:
-        """(queue, compute) of a source, whoever decodes. The decode worker runs the last token itself."""
-        profile = _profile(source)
-        wanted = self._request.num_tokens - 1
-        cached = min(source.cached_tokens, wanted)
-        return source.backlog_ms, source.scales[0] * profile.prefill_ms(wanted - cached, cached)
-
-    def transfer_ms(self, source: WorkerView, decode: WorkerView, compute_ms: float) -> float:
-        """What of the KV is still to be moved when the source has computed: its last step's, or more on a slow link."""
-        profile, wanted = _profile(source), self._request.num_tokens - 1
-        moved = max(0, wanted - decode.cached_tokens)
-        rate = source.rates.get(decode.info.worker_id)
-        if rate is None:
-            rate = _typical(source.rates)
-        latency_ms, gb_per_s = (rate.latency_ms, rate.gb_per_s) if rate else (NOMINAL_LATENCY_MS, NOMINAL_GB_PER_S)
-        ms_per_token = profile.kv_token_bytes / (gb_per_s * 1e6)
-        computed = wanted - min(source.cached_tokens, wanted)
-        last = moved
-        if computed > 0 and computed > profile.max_step_tokens:
-            last = min(moved, computed % profile.max_step_tokens or profile.max_step_tokens)
-        overlapped_ms = compute_ms if last < moved else 0.0
-        return latency_ms + max(last * ms_per_token, moved * ms_per_token - overlapped_ms)
-
-    def remote(
-        self, decode: WorkerView, costs: DecodeCosts, source: WorkerView, source_ms: tuple[float, float]
-    ) -> Prediction:
+    def remote(self, decode: WorkerView, costs: DecodeCosts, source: SourceCosts) -> Prediction:
         """With this source."""
-        queue_ms, compute_ms = source_ms
         return self._prediction(
             decode,
             costs,
-            source=source.info.worker_id,
-            queue_ms=queue_ms,
-            compute_ms=compute_ms,
-            transfer_ms=self.transfer_ms(source, decode, compute_ms),
+            source=source.worker_id,
+            queue_ms=source.queue_ms,
+            compute_ms=source.compute_ms,
+            transfer_ms=source.transfer_ms(decode),
             steps_ms=costs.step_ms + costs.tpot_ms,
             overhead_ms=self._request.overheads.get(REMOTE, 0.0),
             stalls_ms=0.0,
@@ -182,7 +186,7 @@ def _profile(view: WorkerView) -> Profile:
     return view.info.profile if view.info.profile.known else NOMINAL
 
 
-def _typical(rates: Mapping[str, PeerRate]) -> PeerRate | None:
+def _typical(rates: Mapping[str, PeerRate]) -> PeerRate:
     """For a peer that was never served: the middle one of those that were."""
     known = sorted(rates.values(), key=lambda rate: rate.gb_per_s)
-    return known[len(known) // 2] if known else None
+    return known[len(known) // 2] if known else NOMINAL_RATE

@@ -40,7 +40,7 @@ class PeerRates:
         for key, pieces in self._pieces.items():
             if key not in self._fitted:
                 self._fitted[key] = fit(*key, list(pieces))
-        return tuple(self._fitted.values())
+        return tuple(self._fitted[key] for key in self._pieces)  # the last used come last
 
 
 def fit(peer_id: str, transport: Transport, pieces: list[tuple[int, float]]) -> PeerRate:

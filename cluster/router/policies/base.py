@@ -52,9 +52,8 @@ def rows_in_words(view: WorkerView) -> str:
     return f"{view.num_sequences} of {view.info.max_num_seqs} rows in use"
 
 
-def ranked(decode: WorkerView, sources: Sequence[WorkerView]) -> tuple[str, ...]:
+def ranked(decode: WorkerView, sources: Sequence[str]) -> tuple[str, ...]:
     """Ids in the given order, those that failed this decode worker lately last."""
-    ids = [view.info.worker_id for view in sources]
     if not decode.avoid:
-        return tuple(ids)
-    return (*(i for i in ids if i not in decode.avoid), *(i for i in ids if i in decode.avoid))
+        return tuple(sources)
+    return (*(i for i in sources if i not in decode.avoid), *(i for i in sources if i in decode.avoid))

@@ -24,5 +24,5 @@ class LeastLoaded:
         why = f"{chosen.info.worker_id} has {rows_in_words(chosen)}, the smallest share"
         if order:
             why += f"; {order[0][2].info.worker_id} has the fewest tokens queued ({order[0][0]})"
-        sources = ranked(chosen, [view for _, _, view in order])
+        sources = ranked(chosen, [view.info.worker_id for _, _, view in order])
         return Placement(decode=chosen.info.worker_id, sources=sources, why=why)

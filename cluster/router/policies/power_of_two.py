@@ -28,4 +28,6 @@ class PowerOfTwo:
         order[:2] = sorted(order[:2], key=lambda view: view.queued_tokens)
         names = " and ".join(view.info.worker_id for view in drawn)
         why = f"of {names}, drawn at random, {chosen.info.worker_id} has {rows_in_words(chosen)}"
-        return Placement(decode=chosen.info.worker_id, sources=ranked(chosen, order), why=why)
+        return Placement(
+            decode=chosen.info.worker_id, sources=ranked(chosen, [view.info.worker_id for view in order]), why=why
+        )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from random import Random
 
 from cluster.router.policies.base import Placement, ranked
-from cluster.router.predict import DecodeCosts, Prediction, Predictor
+from cluster.router.predict import DecodeCosts, Prediction, Predictor, SourceCosts
 from cluster.router.views import RequestView, WorkerView
 
 MAX_SOURCES_COMPARED = 4  # the soonest ones; a farther one with a much better link is not worth looking for
@@ -28,30 +28,41 @@ class Predicted:
     ) -> Placement:
         """See Policy."""
         predictor = Predictor(request)
-        timed = [(sum(ms := predictor.source_ms(view)), rng.random(), ms, view) for view in prefill]
+        timed = [(costs.ready_ms, rng.random(), costs) for costs in (SourceCosts(request, view) for view in prefill)]
         timed.sort(key=lambda scored: scored[:2])
+        sources = [costs for _, _, costs in timed]
         scored: list[tuple[float, float, Prediction, WorkerView]] = []
         for view in decode:
             costs = DecodeCosts(request, view)
             options = [predictor.alone(view, costs)]
-            usable = [(ms, source) for _, _, ms, source in timed if source.info.worker_id not in view.avoid]
+            usable = [source for source in sources if source.worker_id not in view.avoid] if view.avoid else sources
             if usable:
-                near = usable[:MAX_SOURCES_COMPARED]
-                best = min(near, key=lambda pair: sum(pair[0]) + predictor.transfer_ms(pair[1], view, pair[0][1]))
-                options.append(predictor.remote(view, costs, best[1], best[0]))
+                options.append(predictor.remote(view, costs, _soonest(view, usable)))
             scored += [(option.cost_ms, rng.random(), option, view) for option in options]
         scored.sort(key=lambda one: one[:2])
         _, _, best_one, chosen = scored[0]
         alone = best_one.source is None
-        sources: tuple[str, ...] = ()
+        order: tuple[str, ...] = ()
         if not alone:
-            first = [view for _, _, _, view in timed if view.info.worker_id == best_one.source]
-            others = [view for _, _, _, view in timed if view.info.worker_id != best_one.source]
-            sources = ranked(chosen, first + others)
+            ids = [source.worker_id for source in sources]
+            ids.sort(key=lambda worker_id: worker_id != best_one.source)  # the others stay in their order
+            order = ranked(chosen, ids)
         return Placement(
             decode=best_one.decode,
-            sources=sources,
+            sources=order,
             alone=alone and bool(prefill),
             why="the least predicted cost: its own time to the end, and what it costs others",
             considered=tuple(option for _, _, option, _ in scored[:MAX_CONSIDERED]),
         )
+
+
+def _soonest(decode: WorkerView, sources: Sequence[SourceCosts]) -> SourceCosts:
+    """The best source for this decode worker. `sources` are in the order of their `ready_ms`."""
+    best, best_ms = sources[0], float("inf")
+    for source in sources[:MAX_SOURCES_COMPARED]:
+        if source.ready_ms >= best_ms:
+            break
+        ms = source.ready_ms + source.transfer_ms(decode)
+        if ms < best_ms:
+            best, best_ms = source, ms
+    return best

@@ -38,5 +38,5 @@ class PrefixAware:
         if order:
             first = order[0][2]
             why += f"; {first.info.worker_id} holds {first.cached_tokens} and has {first.queued_tokens} queued"
-        sources = ranked(chosen, [view for _, _, view in order])
+        sources = ranked(chosen, [view.info.worker_id for _, _, view in order])
         return Placement(decode=chosen.info.worker_id, sources=sources, why=why)

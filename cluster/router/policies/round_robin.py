@@ -23,6 +23,6 @@ class RoundRobin:
         chosen = decode[request.turn % len(decode)]
         return Placement(
             decode=chosen.info.worker_id,
-            sources=ranked(chosen, [*prefill[first:], *prefill[:first]]),
+            sources=ranked(chosen, [view.info.worker_id for view in (*prefill[first:], *prefill[:first])]),
             why=f"its turn: placement {request.turn} of this router",
         )

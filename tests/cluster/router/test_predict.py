@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import replace as replace_info
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from cluster.router.predict import DecodeCosts, Prediction, Predictor, ms_per_prefill_token, prefill_work_ms
+from cluster.router.predict import (
+    DecodeCosts,
+    Prediction,
+    Predictor,
+    SourceCosts,
+    ms_per_prefill_token,
+    prefill_work_ms,
+)
 from cluster.router.views import RequestView, WorkerView
 from engine.scheduler.profile import Profile
 from tests.cluster.router.views_for_tests import rate, request, worker
@@ -16,7 +24,7 @@ from tests.cluster.router.views_for_tests import rate, request, worker
 
 def remote(asked: RequestView, decode: WorkerView, source: WorkerView) -> Prediction:
     predictor = Predictor(asked)
-    return predictor.remote(decode, DecodeCosts(asked, decode), source, predictor.source_ms(source))
+    return predictor.remote(decode, DecodeCosts(asked, decode), SourceCosts(asked, source))
 
 
 def alone(asked: RequestView, decode: WorkerView) -> Prediction:
@@ -101,7 +109,7 @@ def test_the_work_that_a_backlog_grows_by() -> None:
 
 
 def test_a_worker_that_measured_nothing_can_be_compared() -> None:
-    unknown = replace(worker("d1"), info=replace(worker("d1").info, profile=Profile(), max_num_seqs=0))
+    unknown = replace(worker("d1"), info=replace_info(worker("d1").info, profile=Profile(), max_num_seqs=0))
     assert 0.0 < alone(request(1001), unknown).ttft_ms < 10_000.0
 
 
