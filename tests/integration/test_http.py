@@ -282,3 +282,27 @@ def test_sigterm_lets_streams_finish(cluster: Cluster, client: openai.OpenAI) ->
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == oracle(cluster, [90] * 50, 300)
     assert cluster.processes["router"].wait(30) == 0
+
+
+def test_an_evaluation_tools_request_gets_the_oracles_prompt_logprobs_in_pieces(
+    cluster: Cluster, client: openai.OpenAI
+) -> None:
+    """As lm-eval asks: token ids, echo, logprobs; more tokens than one step reports."""
+    prompts = [[30 + (11 * index + position) % 200 for position in range(600)] for index in range(2)]
+    raw = client.completions.with_raw_response.create(
+        model=MODEL, prompt=prompts, max_tokens=1, echo=True, logprobs=1, n=2, seed=1234, temperature=0
+    )
+    assert raw.headers["x-neap-path"] == "decode-only"
+    answer = raw.parse()
+    model = fake_config(EngineConfig(model="fake"), FAKE).model
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice in answer.choices:
+        prompt, logprobs = prompts[choice.index // 2], choice.logprobs
+        assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
+        assert logprobs.token_logprobs[:-1] == [None, *model.prompt_oracle(prompt)]
+        assert len(logprobs.top_logprobs) == 601 and logprobs.top_logprobs[0] is None
+        assert choice.text == Tokenizer.load(cluster.folder).decode(prompt, skip_special_tokens=False) + (
+            oracle(cluster, prompt, 1)
+        )
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1200, 4)
