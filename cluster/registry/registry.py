@@ -43,6 +43,9 @@ class Registry(Protocol):
     def watch(self) -> AsyncIterator[tuple[WorkerInfo, ...]]:
         """The whole map at once and after each change; waits out lost connections and never ends by itself."""
 
+    async def close(self) -> None:
+        """Close the connections."""
+
 
 class RegistryClient:
     """The registry over gRPC at `address` (host:port). Connects when first used."""

@@ -25,7 +25,7 @@ from prometheus_client import disable_created_metrics
 from starlette.types import ASGIApp
 
 from cluster.metrics import RouterMetrics
-from cluster.registry.registry import RegistryClient
+from cluster.registry.connect import connect
 from cluster.router.app import create_app
 from cluster.router.dispatch import Dispatcher
 from cluster.router.metrics_port import metrics_app
@@ -93,7 +93,7 @@ class RouterProcess:
 
     async def run(self, sock: socket.socket, on_listening: Callable[[str, int], None]) -> None:
         """Serve until stopped. Raises ValueError when the checkpoint's folder has no tokenizer."""
-        registry = RegistryClient(self.spec.registry) if self.spec.registry else None
+        registry = connect(self.spec.registry) if self.spec.registry else None
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
             background = [group.create_task(self.service.load_text()), group.create_task(self.service.measure_lag())]
             if registry is not None:

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from cluster.registry.registry import RegistryClient, RegistryLostError
+from cluster.registry.connect import connect
+from cluster.registry.registry import RegistryLostError
 from cluster.spec import WorkerSpec
 from cluster.types import HEARTBEAT_S, WorkerInfo
 from cluster.worker.lifeline import is_pipe, watch_pipe
@@ -36,7 +37,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec, say: Callable[[dict[str, object]], None]) -> None:
         self._spec = spec
         self._say = say
-        self._registry = RegistryClient(spec.registry) if spec.registry else None
+        self._registry = connect(spec.registry) if spec.registry else None
         self._info: WorkerInfo | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
