@@ -123,7 +123,9 @@ def fit_tokens(
         )
     if params.min_tokens > room:
         raise RequestError("context_length_exceeded", "min_tokens does not fit the context.", param="min_tokens")
-    return replace(params, max_tokens=room if params.max_tokens is None else min(params.max_tokens, room))
+    if params.max_tokens is not None and params.max_tokens <= room:
+        return params  # as it mostly is, and a copy would be checked all over again
+    return replace(params, max_tokens=room)
 
 
 def make_plan(

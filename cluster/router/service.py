@@ -142,7 +142,8 @@ class RouterService:
         """The limits that hold on every ready decode worker. Raises UnavailableError model_not_ready."""
         infos = [peer.info for peer in self.serving("decode")]
         lengths = [info.max_model_len for info in infos if info.max_model_len]
-        if not self.readiness().ready or not lengths:
+        has_prefill = not self.spec.require_prefill or bool(self.serving("prefill"))
+        if self.draining or self.text is None or not lengths or not has_prefill:  # `readiness` says which
             raise UnavailableError("model_not_ready", retry_after_s=2.0)
         return ModelLimits(max_model_len=min(lengths), vocab_size=min(info.vocab_size for info in infos))
 
