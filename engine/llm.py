@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from engine.foreign_options import translate
 from engine.llm_jobs import CompletionOutput as CompletionOutput
 from engine.llm_jobs import Job, run_jobs
 from engine.messages import Add
-from engine.models.hub import model_folder
+from engine.models.hub import lines_of_progress, model_folder
 from engine.request import SEED_BITS, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
 from engine.text.bad_words import bad_token_sequences
@@ -71,7 +72,7 @@ class LLM:
         options, notices = translate(options, known)
         if notices:
             _log.warning("no meaning here, ignored: %s", ", ".join(notices))
-        given = model_folder(str(model), revision=revision) if model is not None else None
+        given = _fetched(str(model), revision) if model is not None else None
         path = given or default_checkpoint(Path.home() / ".cache" / "neap")
         self.tokenizer = Tokenizer.load(path)
         self.default_sampling_params = read_generation_defaults(path)
@@ -245,6 +246,13 @@ class LLM:
 
     def _scores(self, first: Job) -> tuple[TokenLogprobs | None, ...] | None:
         return None if first.add.params.prompt_logprobs is None else (None, *first.prompt_logprobs)
+
+
+def _fetched(model: str, revision: str) -> Path:
+    """A download takes minutes: its progress goes to stderr."""
+    return model_folder(
+        model, revision=revision, progress=lines_of_progress(model, lambda line: print(line, file=sys.stderr))
+    )
 
 
 def _nothing() -> None:

@@ -19,7 +19,7 @@ from engine.bench import workload
 from engine.bench.report import as_json, table
 from engine.bench.session import BenchError, EngineFigures, run_session
 from engine.bench.subject import SubjectSpec
-from engine.models.hub import model_folder
+from engine.models.hub import lines_of_progress, model_folder
 
 _PEERS = ("transformers",)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -120,7 +120,7 @@ def _specs(
 
 def _folder(model: str) -> str:
     if not model.startswith(_SHAPE):
-        return str(model_folder(model))
+        return str(model_folder(model, progress=lines_of_progress(model, lambda line: typer.echo(line, err=True))))
     # not at the top: it takes torch, which no other command should wait for
     from engine.tiny.shapes import shape_checkpoint
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
-import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,13 +18,12 @@ import msgspec
 import engine
 from cluster.config import ClusterConfig
 from cluster.config.environment import cache_dir, child_environment
-from engine.models.hub import News, is_hub_id, model_folder
+from engine.models.hub import News, is_hub_id, lines_of_progress, model_folder
 
 _MAKE_DEFAULT = (
     "import sys, pathlib; from engine.tiny.random_checkpoint import default_checkpoint; "
     "print(default_checkpoint(pathlib.Path(sys.argv[1])))"
 )
-_TELL_EVERY_S = 5.0
 
 
 def checked_model(config: ClusterConfig) -> ClusterConfig:
@@ -47,14 +45,12 @@ async def find_model(config: ClusterConfig, tell: Callable[[str], None]) -> str:
 
 
 async def _fetched(model: str, revision: str, tell: Callable[[str], None]) -> str:
-    last, told_s = News(error="the download ended without a word"), 0.0
+    last, progress = News(error="model: the download ended without a word"), lines_of_progress(model, tell)
     async with _child("-m", "engine.models.hub", model, revision, stderr=None) as process:
         assert process.stdout is not None, "stdout is a pipe"
         async for line in process.stdout:
             last = msgspec.json.decode(line, type=News)
-            if last.total and (time.monotonic() - told_s >= _TELL_EVERY_S or last.done == last.total):
-                told_s = time.monotonic()
-                tell(f"downloading {model}: {last.done / 1e9:.2f} of {last.total / 1e9:.2f} GB")
+            progress(last.done, last.total)
     if not last.path:
         raise ValueError(last.error or "model: the download ended early")
     return last.path

@@ -34,6 +34,7 @@ _FILES = (
 )
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _NEWS_EVERY_S = 0.5
+_LINE_EVERY_S = 5.0
 
 
 class News(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,6 +49,19 @@ class News(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def is_hub_id(model: str) -> bool:
     """Whether it can only mean a model of the hub: ORGANISATION/NAME, and no such folder here."""
     return _ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def lines_of_progress(model: str, tell: Callable[[str], None]) -> Progress:
+    """A Progress that tells a line for people every few seconds, and one at the end."""
+    told_s = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told_s
+        if total and (time.monotonic() - told_s >= _LINE_EVERY_S or done == total):
+            told_s = time.monotonic()
+            tell(f"downloading {model}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+    return progress
 
 
 def model_folder(

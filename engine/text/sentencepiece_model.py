@@ -100,6 +100,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
+    if data[position] < 0x80:  # nearly all of them
+        return data[position], position + 1
     value = 0
     for shift in range(0, 64, 7):
         byte = data[position]

@@ -143,7 +143,11 @@ def test_a_process_of_its_own_obeys_the_environment(hub: HubServer, tmp_path: Pa
 
 
 def test_the_offline_api_takes_an_id(
-    hub: HubServer, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer,
+    repo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("engine.llm.model_folder", partial(model_folder, endpoint=hub.url, cache_dir=tmp_path))
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
@@ -152,4 +156,5 @@ def test_the_offline_api_takes_an_id(
         with LLM(model, kv_cache_bytes=4 << 20) as llm:
             answers.append(llm.generate("hi", params)[0].outputs.token_ids)
     assert answers[0] == answers[1] and len(answers[0]) == 5
+    assert f"downloading {ID}: 0.00 of 0.00 GB" in capsys.readouterr().err
     assert set(hub.fetched) == NEEDED
