@@ -24,6 +24,7 @@ from cluster.control.controller import Controller
 from cluster.control.process_backend import ProcessBackend
 
 REDRAW_S = 0.2
+MAX_PORT = 65535
 
 
 def serve(config: ClusterConfig) -> int:
@@ -42,12 +43,15 @@ def serve(config: ClusterConfig) -> int:
 
 
 def check_port(config: ClusterConfig) -> None:
-    """Find out now, not in half a minute, that the port is taken. Raises ValueError."""
-    spec = config.router_spec(model_path="", registry="")
-    host = spec.host.strip("[]")
-    if spec.port and spec.port == spec.metrics_port:
-        raise ValueError(f"router.metrics_port: {spec.port} is router.port already")
-    for name, port in (("port", spec.port), ("metrics_port", spec.metrics_port)):
+    """Find out now, not in half a minute, that a port is taken. Raises ValueError."""
+    specs = config.router_specs(model_path="", registry="")
+    host = specs[0].host.strip("[]")
+    ports = [("port", spec.port) for spec in specs] + [("metrics_port", spec.metrics_port) for spec in specs]
+    if both := {spec.port for spec in specs if spec.port} & {spec.metrics_port for spec in specs}:
+        raise ValueError(f"router.metrics_port: {min(both)} is router.port already")
+    for name, port in ports:
+        if port > MAX_PORT:
+            raise ValueError(f"router.{name}: {config.routers} routers from this port on end at {port}")
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -123,4 +127,6 @@ async def _show(controller: Controller, backend: Backend, screen: Screen, run_di
     screen.close()
     client, spec = controller.router_client(), controller.router_spec
     assert client is not None and spec is not None, "a ready cluster has a router"
-    screen.ready(client, spec.served_model_name, (*backend.notes, ("logs", str(run_dir))))
+    others = ", ".join(f"{other.url}/v1" for other in controller.router_clients()[1:])
+    notes = (*((("more routers", others),) if others else ()), *backend.notes, ("logs", str(run_dir)))
+    screen.ready(client, spec.served_model_name, notes)

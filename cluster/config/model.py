@@ -166,6 +166,12 @@ class ClusterConfig(_Section):
         default="127.0.0.1",
         description="Address workers and registry listen on (no authentication there); auto: each node's own.",
     )
+    registry: str = Field(
+        default="",
+        pattern=r"^(rediss?://\S+)?$",
+        description="Redis that keeps the map of workers, redis://HOST:PORT/DB. Default: the controller keeps it.",
+    )
+    routers: int = Field(default=1, ge=1, le=64, description="Routers, on consecutive ports from router.port on.")
     engine: EngineSection = Field(default=EngineSection(), description="Options of every engine.")
     pools: tuple[PoolConfig, ...] = Field(
         default=(PoolConfig(role="prefill"), PoolConfig(role="decode")), description="Groups of workers."
@@ -231,16 +237,22 @@ class ClusterConfig(_Section):
             for index in range(pool.workers)
         )
 
-    def router_spec(self, *, model_path: str, registry: str) -> RouterSpec:
-        """The router's spec. The API key comes from the file or flag, else from NEAP_API_KEY."""
+    def router_specs(self, *, model_path: str, registry: str) -> tuple[RouterSpec, ...]:
+        """One spec per router. The API key comes from the file or flag, else from NEAP_API_KEY; port 0 is any port."""
         options = self.router.model_dump(exclude={"insecure", "api_key"})
-        return RouterSpec(
-            router_id=f"router-{secrets.token_hex(4)}",
-            model_path=model_path,
-            served_model_name=self.model_name(model_path),
-            registry=registry,
-            api_key=self.router.api_key or environment.api_key(),
-            **options,
+        port, metrics_port = options.pop("port"), options.pop("metrics_port")
+        return tuple(
+            RouterSpec(
+                router_id=f"router-{secrets.token_hex(4)}",
+                model_path=model_path,
+                served_model_name=self.model_name(model_path),
+                registry=registry,
+                api_key=self.router.api_key or environment.api_key(),
+                port=port and port + index,
+                metrics_port=metrics_port and metrics_port + index,
+                **options,
+            )
+            for index in range(self.routers)
         )
 
     def num_cpus(self, pool: _Pool) -> float:

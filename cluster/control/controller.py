@@ -1,11 +1,11 @@
-"""Runs one cluster: serves the registry, launches workers and router, waits until all are ready, restarts what dies.
+"""Runs one cluster: serves the registry, launches workers and routers, waits until all are ready, restarts what dies.
 
 Life cycle:
-    1. backend started (Ray: some seconds) while the checkpoint is looked up or made; registry served
-    2. router and workers launched; each worker puts itself into the registry, the router watches it
-    3. ready: the router says so, and every worker once stood in the registry as ready
+    1. backend started (Ray: some seconds) while the checkpoint is looked up or made; registry served, or Redis followed
+    2. routers and workers launched; each worker puts itself into the registry, the routers watch it
+    3. ready: every router says so, and every worker once stood in the registry as ready
     4. supervised: what ends is told, taken out of the registry, and started again, later and later
-    5. stopped: the router drains, then the workers, then the backend and the registry end
+    5. stopped: the routers drain, then the workers, then the backend and the registry end
 
 Nothing here is in the way of a request: if this process stalls, serving goes on.
 """
@@ -14,27 +14,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from cluster.config import ClusterConfig
-from cluster.config.environment import child_environment
 from cluster.control.backend import Backend, LaunchError, Needs, Progress, WorkerStatus
-from cluster.control.child import Child
+from cluster.control.membership import Membership, RedisMembership
 from cluster.control.restarts import Restarts
-from cluster.control.router_client import RouterClient, reachable
+from cluster.control.router_client import RouterClient
+from cluster.control.routers import Routers, router_argv
 from cluster.registry.registry import RegistryServer
 from cluster.spec import RouterSpec, WorkerSpec
 
 POLL_S = 0.3
-ROUTER = "router"
-ROUTER_DRAIN_S = 30.0
-ROUTER_HURRY_S = 5.0
 WORKER_DRAIN_S = 10.0
 log = logging.getLogger("neap.control")
 
@@ -59,11 +53,6 @@ class Snapshot:
     workers: tuple[WorkerView, ...]
 
 
-def router_argv(spec: Path) -> list[str]:
-    """The command line of a router's process."""
-    return [sys.executable, "-m", "cluster.router", str(spec)]
-
-
 class Controller:
     """One cluster, from start() to stop(). `tell` gets one line for people per event."""
 
@@ -81,13 +70,12 @@ class Controller:
         self._backend = backend
         self._run_dir = run_dir
         self._tell = tell
-        self._router_argv = router_argv
         self._clock = clock
-        self._registry = RegistryServer(host="0.0.0.0" if config.worker_host == "auto" else config.worker_host)
+        self._registry = _membership(config)
+        self._routers = Routers(run_dir, router_argv)
         self._restarts = Restarts()
         self._specs: dict[str, WorkerSpec] = {}
         self._statuses: dict[str, WorkerStatus] = {}
-        self._router: Child | None = None
         self.router_spec: RouterSpec | None = None
         self._doing = "starting"
         self._ready = False
@@ -113,12 +101,13 @@ class Controller:
         return Snapshot(doing=self._doing, ready=self._ready, workers=tuple(views))
 
     def router_client(self) -> RouterClient | None:
-        """Talks to the router; None until its port is bound."""
-        spec = self.router_spec
-        if spec is None or self._router is None or not self._router.listening:
-            return None
-        port = int(self._router.listening.rpartition(":")[2])
-        return RouterClient(host=reachable(spec.host), port=port, api_key=spec.api_key)
+        """Talks to the first router; None until its port is bound."""
+        return next(iter(self.router_clients()), None)
+
+    def router_clients(self) -> tuple[RouterClient, ...]:
+        """Talk to the routers whose ports are bound."""
+        clients = (self._routers.client(name) for name in self._routers.names)
+        return tuple(client for client in clients if client is not None)
 
     async def start(self, model_path: Awaitable[str]) -> None:
         """Launch everything; ready comes later. Raises LaunchError, OSError (a port), ValueError (the checkpoint)."""
@@ -126,14 +115,17 @@ class Controller:
         path, _ = await asyncio.gather(model_path, self._backend.start())
         await self._registry.start()  # not before Ray: it forks, which a process with gRPC running had better not
         address = self._registry.address
-        if self._config.worker_host == "auto":
+        if self._config.worker_host == "auto" and isinstance(self._registry, RegistryServer):
             address = f"{self._backend.own_address}:{self._registry.port}"
-        self.router_spec = self._config.router_spec(model_path=path, registry=address)
-        self._launch_router()
-        specs = self._config.worker_specs(model_path=path, registry=address, log_dir=str(self._run_dir))
-        self._specs = {spec.worker_id: spec for spec in specs}
+        specs = self._config.router_specs(model_path=path, registry=address)
+        self.router_spec = specs[0]
+        self._routers.add(specs)
+        for name in self._routers.names:
+            self._launch_router(name)
+        workers = self._config.worker_specs(model_path=path, registry=address, log_dir=str(self._run_dir))
+        self._specs = {spec.worker_id: spec for spec in workers}
         self._doing = "workers are starting"
-        for spec in specs:
+        for spec in workers:
             self._restarts.on_started(spec.worker_id, self._clock())
             await self._backend.launch(spec, self._needs(spec))
 
@@ -145,25 +137,15 @@ class Controller:
                 self._statuses[status.worker_id] = status
                 if not status.alive:
                     self._worker_ended(status)
-            self._check_router()
+            for router in self._routers.ended():
+                self._ended(router.name, router.failed, router.words, router.log)
             await self._start_what_is_due()
             await self._check_ready()
 
     async def stop(self, *, hurry: asyncio.Event) -> None:
-        """Drain the router, then the workers; `hurry` cuts the waiting short. Leaves no process behind."""
+        """Drain the routers, then the workers; `hurry` cuts the waiting short. Leaves no process behind."""
         self._doing = "draining"
-        if self._router is not None:
-            self._router.terminate()
-            drained = asyncio.create_task(asyncio.to_thread(self._router.wait, ROUTER_DRAIN_S))
-            hurried = asyncio.create_task(hurry.wait())
-            await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
-            hurried.cancel()
-            if hurry.is_set():  # the second signal lets it end its streams with an error event, without waiting
-                self._router.terminate()
-                await asyncio.to_thread(self._router.wait, ROUTER_HURRY_S)
-            self._router.kill()
-            await drained
-            self._router = None
+        await self._routers.stop(hurry)
         await self._backend.stop(0.5 if hurry.is_set() else WORKER_DRAIN_S)
         await self._registry.stop()
 
@@ -173,25 +155,15 @@ class Controller:
             num_cpus=self._config.num_cpus(pool), num_gpus=pool.num_gpus, accelerator_type=pool.accelerator_type
         )
 
-    def _launch_router(self) -> None:
-        assert self.router_spec is not None, "the router's spec is made before it is launched"
-        path = self._run_dir / "router.json"
-        path.touch(mode=0o600)
-        path.write_bytes(msgspec.json.encode(self.router_spec))
-        self._restarts.on_started(ROUTER, self._clock())
-        self._router = Child(self._router_argv(path), log=self._run_dir / "router.log", env=child_environment())
+    def _launch_router(self, name: str) -> None:
+        self._restarts.on_started(name, self._clock())
+        self._routers.launch(name)
 
     def _worker_ended(self, status: WorkerStatus) -> None:
         for info in self._registry.workers():
             if info.worker_id == status.worker_id:
                 self._registry.remove_worker(info.worker_id, info.incarnation)
         self._ended(status.worker_id, status.failed, status.last_words, status.log)
-
-    def _check_router(self) -> None:
-        assert self._router is not None, "run() comes after start() and before stop()"
-        if self._router.exit_code is not None:
-            words = f"{self._router.last_words()} (exit code {self._router.exit_code})"
-            self._ended(ROUTER, bool(self._router.failed), words, str(self._router.log))
 
     def _ended(self, process_id: str, failed: bool, words: str, log_path: str) -> None:
         """Tell it once and plan the restart. Raises LaunchError if the cluster is not up and trying again is no use."""
@@ -204,8 +176,8 @@ class Controller:
 
     async def _start_what_is_due(self) -> None:
         for process_id in self._restarts.due(self._clock()):
-            if process_id == ROUTER:
-                self._launch_router()
+            if process_id in self._routers.names:
+                self._launch_router(process_id)
                 continue
             self._restarts.on_started(process_id, self._clock())
             self._statuses.pop(process_id, None)
@@ -225,12 +197,20 @@ class Controller:
         if ready < self._specs.keys():
             self._doing = "workers are starting"
             return
-        client = self.router_client()
-        if client is None:
-            self._doing = "the router is starting"
-            return
-        readiness = await client.readiness()
-        self._doing = readiness.reason or "the router is starting"
-        if readiness.ready:
-            self._restarts.on_ready(ROUTER)
-            self._ready, self._doing = True, "serving"
+        for name in self._routers.names:
+            client = self._routers.client(name)
+            if client is None:
+                self._doing = f"the {name} is starting"
+                return
+            readiness = await client.readiness()
+            self._doing = readiness.reason or f"the {name} is starting"
+            if not readiness.ready:
+                return
+            self._restarts.on_ready(name)
+        self._ready, self._doing = True, "serving"
+
+
+def _membership(config: ClusterConfig) -> Membership:
+    if config.registry:
+        return RedisMembership(config.registry)
+    return RegistryServer(host="0.0.0.0" if config.worker_host == "auto" else config.worker_host)

@@ -130,7 +130,7 @@ class RedisRegistry:
                 self.address,
                 socket_connect_timeout=CALL_TIMEOUT_S,
                 health_check_interval=0,
-                retry=Retry(NoBackoff(), 0),  # who asks again, and when, is decided by the callers
+                retry=Retry(NoBackoff(), 1),  # of a connection that has died meanwhile; more is decided by the callers
             )
         return self._client
 

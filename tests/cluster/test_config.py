@@ -38,7 +38,7 @@ def test_without_anything_there_is_one_prefill_and_one_decode_worker_with_the_en
         assert worker.engine == EngineConfig(model="/m/tiny", served_model_name="tiny", role=worker.role)
         assert worker.host == "127.0.0.1"
         assert worker.fake is None
-    router = load_config(Sources()).router_spec(model_path="/m/tiny", registry="127.0.0.1:1")
+    router = load_config(Sources()).router_specs(model_path="/m/tiny", registry="127.0.0.1:1")[0]
     expected = RouterSpec(
         router_id=router.router_id, model_path="/m/tiny", served_model_name="tiny", registry="127.0.0.1:1"
     )
@@ -133,7 +133,7 @@ def test_beyond_loopback_a_key_or_insecure_is_wanted(monkeypatch: pytest.MonkeyP
     load_config(Sources(flags={**host, "router.api_key": "secret"}))
     monkeypatch.setenv("NEAP_API_KEY", "from-outside")
     config = load_config(Sources(flags=host))
-    assert config.router_spec(model_path="/m", registry="").api_key == "from-outside"
+    assert config.router_specs(model_path="/m", registry="")[0].api_key == "from-outside"
     assert [is_loopback(h) for h in ("127.0.0.1", "::1", "[::1]", "localhost", "10.0.0.1", "a.b")] == [True] * 4 + [
         False
     ] * 2

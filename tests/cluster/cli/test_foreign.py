@@ -85,7 +85,7 @@ def test_every_option_of_fastdeploy_reaches_what_it_becomes(served: list[Cluster
     assert (options["max_model_len"], options["max_num_seqs"], options["block_size"]) == (2048, 8, 64)
     assert (options["max_batched_tokens"], options["enable_prefix_caching"]) == (4096, True)
     assert (config.model, config.served_model_name, config.revision) == ("/models/x", "ernie", "main")
-    spec = config.router_spec(model_path="", registry="")
+    spec = config.router_specs(model_path="", registry="")[0]
     assert (spec.port, spec.metrics_port, spec.max_running) == (8000, 8001, 512)
     for name in ("--engine-worker-queue-port", "--lm-head-fp32", "--gpu-memory-utilization", "--scheduler-db"):
         assert name in output

@@ -17,6 +17,8 @@ from cluster.control.controller import Controller
 from cluster.registry.registry import RegistryClient
 from cluster.spec import WorkerSpec
 from cluster.types import WorkerInfo
+from tests.cluster.registry.keepers import RedisKeeper
+from tests.cluster.registry.keepers import running as keeping
 
 DEADLINE_S = 30.0
 _ROUTER = "import sys, json; print(json.dumps({'listening': '127.0.0.1:1'}), flush=True); sys.stdin.read()"
@@ -73,13 +75,13 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
+async def running(tmp_path: Path, *sets: str) -> AsyncIterator[Running]:
     async def model() -> str:
         return str(tmp_path)
 
     told: list[str] = []
     backend = ScriptedBackend()
-    config = load_config(Sources(sets=["engine.threads=2", "backend=process"]))
+    config = load_config(Sources(sets=["engine.threads=2", "backend=process", *sets]))
     controller = Controller(config, backend, run_dir=tmp_path, tell=told.append, router_argv=silent_router)
     await controller.start(model())
     task = asyncio.create_task(controller.run())
@@ -144,14 +146,46 @@ def test_a_worker_that_keeps_dying_before_it_was_ready_ends_the_start(tmp_path: 
     asyncio.run(scenario())
 
 
+def test_redis_keeps_the_map_and_the_last_one_holds_while_it_is_away(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with keeping("redis") as keeper:
+            assert isinstance(keeper, RedisKeeper)
+            async with running(tmp_path, f"registry={keeper.url}", "routers=2") as r:
+                assert {spec.registry for spec in r.backend.launched} == {keeper.url}
+                assert len(r.controller._routers.names) == 2
+                first = r.backend.launched[1]
+                registry = keeper.client()
+                await registry.put(info_of(first), 60_000)
+                await r.until(lambda: r.controller.snapshot().workers[1].state == "ready")
+                await keeper.stop()
+                await asyncio.sleep(0.2)
+                assert r.controller.snapshot().workers[1].state == "ready"
+                r.backend.end("decode-0", "SIGKILL")
+                await r.until(lambda: len(r.backend.launched) == 3)
+                await keeper.start()
+                await registry.put(info_of(first), 60_000)
+                await r.until(lambda: r.controller.snapshot().workers[1].state == "ready")
+                await registry.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_does_not_answer_ends_the_start(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with pytest.raises(LaunchError, match="registry at"):
+            async with running(tmp_path, "registry=redis://127.0.0.1:1/0"):
+                pass
+
+    asyncio.run(scenario())
+
+
 def test_a_router_that_dies_is_started_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as r:
-            router = r.controller._router
-            assert router is not None
+            router = r.controller._routers._children["router"]
             await r.until(lambda: bool(router.listening))
             router.kill()
-            await r.until(lambda: r.controller._router is not router)
+            await r.until(lambda: r.controller._routers._children["router"] is not router)
             assert any(line.startswith("router ended") for line in r.told)
 
     asyncio.run(scenario())
