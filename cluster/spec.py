@@ -50,7 +50,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8180
     metrics_port: int = 0
     api_key: str = ""
-    policy: str = "least-loaded"
+    policy: str = "predicted"
     max_queue: int = 256
     max_body_bytes: int = 4 << 20
     max_running: int = 1024

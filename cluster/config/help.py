@@ -26,7 +26,7 @@ HELP = {
     "router.max_running": "Requests in flight at once.",
     "router.default_timeout_s": "Deadline of a request that names none, in seconds.",
     "router.stream_buffer_bytes": "What a client that doesn't read may leave unread before it is dropped.",
-    "router.require_prefill": "Refuse a request rather than let its decode worker compute the prompt.",
+    "router.require_prefill": "Serve only while there is a prefill worker, and let it compute every prompt.",
     "fake.vocab_size": "Token ids below this.",
     "fake.num_blocks": "KV blocks.",
     "fake.block_size": "Tokens per KV block.",

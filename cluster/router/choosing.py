@@ -29,9 +29,11 @@ MAX_DECISIONS = 256
 
 
 class Chooser:
-    """The choices of one router. `counters` are the dispatcher's."""
+    """The choices of one router. `counters` are the dispatcher's; `may_be_alone`: see RequestView."""
 
-    def __init__(self, policy: Policy, fleet: Fleet, rng: Random, counters: Counter[str]) -> None:
+    def __init__(
+        self, policy: Policy, fleet: Fleet, rng: Random, counters: Counter[str], *, may_be_alone: bool = True
+    ) -> None:
         self.index = KVIndex()
         self.breakers = Breakers()
         self.accuracy = Accuracy()
@@ -39,6 +41,7 @@ class Chooser:
         self._fleet = fleet
         self._rng = rng
         self._counters = counters
+        self._may_be_alone = may_be_alone
         self._num_placed = 0
         self._decisions: OrderedDict[tuple[str, int], Decision] = OrderedDict()
 
@@ -60,6 +63,7 @@ class Chooser:
             turn=self._num_placed,
             num_outputs=min(float(request.submit.params.max_tokens or 1 << 30), self.accuracy.mean_outputs),
             overheads=self.accuracy.overheads,
+            may_be_alone=self._may_be_alone,
         )
         self._num_placed += 1
         placement = self._policy.place(view, decode, prefill, self._rng)

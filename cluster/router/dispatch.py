@@ -90,10 +90,10 @@ class DispatchStatus:
 class Dispatcher:
     """Every decision of a router about requests and workers. `rng` breaks ties and jitters backoffs."""
 
-    def __init__(self, policy: Policy, rng: Random, *, max_waiting: int = 1024) -> None:
+    def __init__(self, policy: Policy, rng: Random, *, max_waiting: int = 1024, may_be_alone: bool = True) -> None:
         self.counters: Counter[str] = Counter()
         self.fleet = Fleet()
-        self.chooser = Chooser(policy, self.fleet, rng, self.counters)
+        self.chooser = Chooser(policy, self.fleet, rng, self.counters, may_be_alone=may_be_alone)
         self._rng = rng
         self._max_waiting = max_waiting
         self._requests: dict[str, Tracked] = {}

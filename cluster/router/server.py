@@ -63,7 +63,10 @@ class RouterProcess:
         self.spec = spec
         self._metrics = RouterMetrics()
         self._dispatcher = Dispatcher(
-            policy_named(spec.policy), Random(spec.router_id), max_waiting=spec.max_queue + spec.max_running
+            policy_named(spec.policy),
+            Random(spec.router_id),
+            max_waiting=spec.max_queue + spec.max_running,
+            may_be_alone=not spec.require_prefill,
         )
         self._links = WorkerLinks(
             self._dispatcher, connect or self._connect, metrics=self._metrics, clock=time.monotonic

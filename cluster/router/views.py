@@ -32,7 +32,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """What a placement may depend on. `turn` counts placements of this router.
 
     `num_outputs` is how many tokens each choice is expected to get, from max_tokens and recent answers. `overheads` are
-    what predictions were lately short of, by "alone" and "remote", in ms.
+    what predictions were lately short of, by "alone" and "remote", in ms. Unless `may_be_alone`, a decode worker is
+    left without sources only where there is none.
     """
 
     num_tokens: int
@@ -40,3 +41,4 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     turn: int
     num_outputs: float = 64.0
     overheads: Mapping[str, float] = {}
+    may_be_alone: bool = True

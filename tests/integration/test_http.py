@@ -46,7 +46,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 @dataclass
 class Cluster:
     folder: Path
-    registry: RegistryServer
+    registry: str
     port: int
     fake: FakeSpec
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
@@ -68,9 +68,7 @@ class Cluster:
     def start_worker(self, name: str) -> None:
         role: Any = name.split("-")[0]
         engine = EngineConfig(model="fake", served_model_name=MODEL, role=role, max_num_seqs=8)
-        spec = WorkerSpec(
-            worker_id=name, pool="p", role=role, engine=engine, fake=self.fake, registry=self.registry.address
-        )
+        spec = WorkerSpec(worker_id=name, pool="p", role=role, engine=engine, fake=self.fake, registry=self.registry)
         self.start(name, "cluster.worker", spec)
 
     def status(self) -> dict[str, Any]:
@@ -132,26 +130,33 @@ def registry() -> Iterator[RegistryServer]:
 
 
 @contextmanager
-def running_cluster(folder: Path, fake: FakeSpec) -> Iterator[Cluster]:
-    """A registry, a prefill worker, a decode worker and a router; ready, and ended afterwards."""
+def start_all(folder: Path, fake: FakeSpec, registry: str, workers: tuple[str, ...]) -> Iterator[Cluster]:
+    """The workers and a router of its own, ready; ended afterwards, their logs printed."""
+    folder.mkdir(exist_ok=True)
     write_byte_tokenizer(folder)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    with registry() as server:
-        made = Cluster(folder, server, port, fake)
-        try:
-            for name in ("prefill-1", "decode-1"):
-                made.start_worker(name)
-            spec = RouterSpec(
-                router_id="r1", model_path=str(folder), served_model_name=MODEL, registry=server.address, port=port
-            )
-            made.start("router", "cluster.router", spec)
-            eventually(lambda: made.health()["prefill_ready"] + made.health()["decode_ready"] == 2, "never ready")
-            yield made
-        finally:
-            made.stop()
-            print("".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in folder.glob("*.log")))
+    made = Cluster(folder, registry, port, fake)
+    try:
+        for name in workers:
+            made.start_worker(name)
+        spec = RouterSpec(
+            router_id=f"r{port}", model_path=str(folder), served_model_name=MODEL, registry=registry, port=port
+        )
+        made.start("router", "cluster.router", spec)
+        eventually(lambda: made.health()["prefill_ready"] * made.health()["decode_ready"] > 0, "never ready")
+        yield made
+    finally:
+        made.stop()
+        print("".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in folder.glob("*.log")))
+
+
+@contextmanager
+def running_cluster(folder: Path, fake: FakeSpec) -> Iterator[Cluster]:
+    """A registry, a prefill worker, a decode worker and a router."""
+    with registry() as server, start_all(folder, fake, server.address, ("prefill-1", "decode-1")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -274,16 +279,6 @@ def test_a_decode_worker_that_dies_in_mid_stream_ends_it_with_an_error(cluster: 
     )
 
 
-def test_sigterm_lets_streams_finish(cluster: Cluster, client: openai.OpenAI) -> None:
-    stream = client.completions.create(model=MODEL, prompt=[90] * 50, max_tokens=300, stream=True, **STEADY)
-    text = next(iter(stream)).choices[0].text
-    cluster.processes["router"].terminate()
-    eventually(lambda: cluster.health().get("stage") == "draining", "it does not drain")
-    text += "".join(chunk.choices[0].text for chunk in stream)
-    assert text == oracle(cluster, [90] * 50, 300)
-    assert cluster.processes["router"].wait(30) == 0
-
-
 def test_an_evaluation_tools_request_gets_the_oracles_prompt_logprobs_in_pieces(
     cluster: Cluster, client: openai.OpenAI
 ) -> None:
@@ -306,3 +301,13 @@ def test_an_evaluation_tools_request_gets_the_oracles_prompt_logprobs_in_pieces(
         )
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1200, 4)
+
+
+def test_sigterm_lets_streams_finish(cluster: Cluster, client: openai.OpenAI) -> None:
+    stream = client.completions.create(model=MODEL, prompt=[90] * 50, max_tokens=300, stream=True, **STEADY)
+    text = next(iter(stream)).choices[0].text
+    cluster.processes["router"].terminate()
+    eventually(lambda: cluster.health().get("stage") == "draining", "it does not drain")
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == oracle(cluster, [90] * 50, 300)
+    assert cluster.processes["router"].wait(30) == 0

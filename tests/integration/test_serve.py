@@ -125,7 +125,7 @@ def answers_the_openai_sdk(server: Serving) -> None:
 
 @pytest.mark.timeout(300)
 def test_processes_serve_the_default_model_and_ctrl_c_leaves_nothing(home: Path) -> None:
-    with serving(home, "--backend", "process") as server:
+    with serving(home, "--backend", "process", "--require-prefill") as server:
         server.wait_until_ready()
         answers_the_openai_sdk(server)
         workers = server.status()["workers"]
@@ -140,7 +140,7 @@ def test_processes_serve_the_default_model_and_ctrl_c_leaves_nothing(home: Path)
 
 @pytest.mark.timeout(300)
 def test_a_killed_worker_is_told_and_comes_back_and_a_killed_serve_takes_all_with_it(home: Path) -> None:
-    with serving(home, "--backend", "process", "--set", "fake.vocab_size=320") as server:
+    with serving(home, "--backend", "process", "--require-prefill", "--set", "fake.vocab_size=320") as server:
         server.wait_until_ready()
         before = {w["worker_id"]: w for w in server.status()["workers"]}
         psutil.Process(before["prefill-0"]["pid"]).kill()
@@ -159,7 +159,7 @@ def test_a_killed_worker_is_told_and_comes_back_and_a_killed_serve_takes_all_wit
 
 @pytest.mark.timeout(300)
 def test_ray_places_named_actors_behind_a_token_and_ctrl_c_leaves_nothing(home: Path) -> None:
-    with serving(home, "--backend", "ray") as server:
+    with serving(home, "--backend", "ray", "--require-prefill") as server:
         server.wait_until_ready()
         answers_the_openai_sdk(server)
         box = server.text()

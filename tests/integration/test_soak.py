@@ -56,7 +56,7 @@ def check(server: Serving, seen: Counter[str]) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(SOAK_S + 300)
 def test_ten_minutes_of_full_load_raise_no_false_suspicion(tmp_path: Path) -> None:
-    with serving(tmp_path, "--backend", "process") as server:
+    with serving(tmp_path, "--backend", "process", "--require-prefill") as server:
         server.wait_until_ready()
         seen = asyncio.run(load(server.url))
         time.sleep(2)  # the last heartbeats tell the last blocks

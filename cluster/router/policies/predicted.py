@@ -34,8 +34,8 @@ class Predicted:
         scored: list[tuple[float, float, Prediction, WorkerView]] = []
         for view in decode:
             costs = DecodeCosts(request, view)
-            options = [predictor.alone(view, costs)]
             usable = [source for source in sources if source.worker_id not in view.avoid] if view.avoid else sources
+            options = [predictor.alone(view, costs)] if request.may_be_alone or not usable else []
             if usable:
                 options.append(predictor.remote(view, costs, _soonest(view, usable)))
             scored += [(option.cost_ms, rng.random(), option, view) for option in options]

@@ -142,6 +142,15 @@ def test_running_requests_are_not_held_up_for_a_long_prompt() -> None:
     assert not place("predicted", busy, prefill, asked=request(4000)).alone
 
 
+def test_a_router_that_requires_prefill_workers_leaves_no_decode_worker_alone() -> None:
+    asked = replace(request(20), may_be_alone=False)
+    placement = place("predicted", [worker("d1")], [worker("p1", rates=rate("d1"))], asked=asked)
+    assert placement.sources == ("p1",) and not placement.alone
+    failed = [worker("d1", avoid=frozenset({"p1"}))]
+    assert place("predicted", failed, [worker("p1")], asked=asked).decode == "d1"
+    assert place("predicted", [worker("d1")], [], asked=asked).decode == "d1"
+
+
 def test_without_prefill_workers_alone_is_no_choice() -> None:
     placement = place("predicted", [worker("d1")], [])
     assert placement.sources == () and not placement.alone
