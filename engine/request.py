@@ -95,7 +95,8 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            _check(math.isfinite(value) and low <= value <= high, name, value, f"a number in [{low:g}, {high:g}]")
+            if not low <= value <= high:  # NaN is not either; the text is made only where it is wanted
+                _check(False, name, value, f"a number in [{low:g}, {high:g}]")
         _check(self.top_p > 0, "top_p", self.top_p, "above 0")
         _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
         _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"in [1, {MAX_CHOICES}]")

@@ -64,7 +64,7 @@ class ChoiceText:
         """Take an arrival: a Delta for each token that has something to show, so that a client can count them."""
         num_tokens = len(tokens.token_ids)
         if num_tokens <= 1:
-            delta = self.add(tokens)
+            delta = self._add(tokens, 0, num_tokens)
             return [] if delta is None else [delta]
         deltas: list[Delta] = []
         for index in range(num_tokens):

@@ -22,7 +22,7 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete (may be empty)."""
-        data = b"".join(self._token_bytes.piece(token) for token in token_ids if token not in self._skip)
+        data = b"".join([self._token_bytes.piece(token) for token in token_ids if token not in self._skip])
         if data and self._drops_space:
             data = data.removeprefix(b" ")
             self._drops_space = False
