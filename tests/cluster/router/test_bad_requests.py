@@ -46,7 +46,11 @@ JSON_BODIES: list[tuple[str, dict[str, Any], str, str | None]] = [
     ("completions", {"prompt": ["x"] * 32, "n": 8, "max_tokens": 500}, "invalid_value", "n"),
     ("completions", {"logprobs": 21}, "invalid_value", "logprobs"),
     ("completions", {"logprobs": True}, "invalid_value", "logprobs"),
-    ("completions", {"echo": True}, "unsupported_parameter", "echo"),
+    ("completions", {"suffix": "x"}, "unsupported_parameter", "suffix"),
+    ("chat", {"echo": True}, "unsupported_parameter", "echo"),
+    ("completions", {"prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
+    ("completions", {"allowed_token_ids": [10**6]}, "invalid_value", "allowed_token_ids"),
+    ("chat", {"chat_template_kwargs": {"bos_token": "x"}}, "unsupported_parameter", "chat_template_kwargs.bos_token"),
 ]
 RAW_BODIES = [
     b"", b"null", b"[]", b"{", b'{"model": "ernie-test", "messages": [}', b"\xff\xfe\x00", b"{" * 70_000,
@@ -128,6 +132,16 @@ FIELDS = [
     "user",
     "tools",
     "response_format",
+    "bad_words",
+    "bad_words_token_ids",
+    "allowed_token_ids",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "priority",
+    "cache_salt",
+    "request_id",
+    "chat_template_kwargs",
+    "add_generation_prompt",
 ]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats() | st.text(max_size=8),
