@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cluster.router.decision import Decision
 from cluster.router.dispatch import Dispatcher
-from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, Submit, ToWorker
+from cluster.router.effects import Deliver, DeliverScores, DropLink, Ended, RouterEffect, Submit, ToWorker
 from cluster.router.policies import policy_named
 from cluster.sim.clock import VirtualClock
 from cluster.sim.journal import Journal, describe
@@ -27,6 +27,7 @@ class SimResult:
 
     submit: Submit
     outputs: dict[int, list[int]] = field(default_factory=dict)
+    scores: list[float] = field(default_factory=list)  # prompt logprobs, from the second token on
     paths: list[Path] = field(default_factory=list)
     code: str | None = None
     first_token_at: float | None = None
@@ -149,6 +150,8 @@ class SimRouter:
                 link.send(0, effect.message)
         elif isinstance(effect, Deliver):
             self._deliver(effect)
+        elif isinstance(effect, DeliverScores):
+            self._deliver_scores(effect)
         elif isinstance(effect, Ended):
             result = self.results[effect.request_id]
             assert result.live, f"{effect.request_id} ends twice, or after it was cancelled"
@@ -169,6 +172,13 @@ class SimRouter:
             result.first_token_at = self._world.clock.now
         if effect.path is not None:
             result.paths.append(effect.path)
+
+    def _deliver_scores(self, effect: DeliverScores) -> None:
+        scores = effect.scores
+        result = self.results[scores.request_id]
+        assert result.live and not result.outputs, f"prompt logprobs of {scores.request_id} after its first token"
+        assert scores.first_position == len(result.scores) + 1, f"{scores.request_id}: a hole in its prompt logprobs"
+        result.scores += [entry.logprob for entry in scores.logprobs]
 
 
 def _describe(effect: RouterEffect) -> str:
