@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from cluster.router.effects import Deliver, DeliverScores, Ended, Progress, Subm
 from cluster.router.inbox import Arrival, Inbox
 from cluster.router.openai.answers import Usage
 from cluster.router.plan import Plan
+from cluster.router.turn import Turn
 from cluster.types import Path
 
 CallEffect = Deliver | DeliverScores | Progress | Ended
@@ -49,6 +50,7 @@ class CallContext:
     metrics: RouterMetrics
     clock: Callable[[], float]
     max_blocked_bytes: int
+    turn: Turn = field(default_factory=Turn)
 
 
 class Call:
@@ -79,6 +81,11 @@ class Call:
         self._admitted = False
         self._has_begun = False
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def turn(self) -> Turn:
+        """What is to be done once more in this turn of the loop."""
+        return self._context.turn
 
     @property
     def done(self) -> bool:
@@ -133,7 +140,8 @@ class Call:
         self.inbox.put(prompt_index, effect)
 
     def _note_tokens(self, prompt_index: int, effect: Deliver) -> None:
-        self._begun()
+        if not self._has_begun:
+            self._begun()
         metrics, tokens = self._context.metrics, effect.tokens
         if not tokens.token_ids:
             return

@@ -140,7 +140,7 @@ class EventStream:
         """Something has arrived: write it in this turn of the loop, with what else arrives until then."""
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._pump)
+            self._call.turn.add(self._pump)
 
     def _resume(self) -> None:
         if self._blocked:
