@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.bench.routing import RoutingOptions, bench_routing
+from cluster.bench.routing_processes import ProcessOptions, bench_processes
 from cluster.router.policies import POLICY_NAMES
 
 _DEFAULTS = RoutingOptions()
@@ -34,6 +35,9 @@ def routing(
     tpot_ms: Annotated[float, typer.Option(help="Target per further token.", min=0)] = _DEFAULTS.tpot_ms,
     conversations: Annotated[int, typer.Option(help="Of the shared prefixes.", min=1)] = _DEFAULTS.conversations,
     policy: Annotated[list[str] | None, typer.Option(help="Only these. Repeatable. Default: all.")] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Unequal pools as real processes (fakes), a minute or two; no more.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of loads and ties: the same seed gives the same figures.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")] = None,
 ) -> None:
@@ -42,6 +46,8 @@ def routing(
     Real router, schedulers, caches and transfers around the exact fake, on a virtual clock: minutes of load in
     seconds, the same figures on every machine.
     """
+    if processes:
+        raise typer.Exit(_real(ProcessOptions(slowdown=slowdown, seed=seed), json))
     if unknown := set(policy or ()) - set(POLICY_NAMES):
         typer.echo(f"neap: --policy {', '.join(sorted(unknown))}: one of {', '.join(POLICY_NAMES)}", err=True)
         raise typer.Exit(1)
@@ -56,19 +62,48 @@ def routing(
         seed=seed,
     )
     figures = bench_routing(options, tuple(policy) if policy else POLICY_NAMES)
-    if json is not None:
-        json.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    console = Console()
-    console = console if console.is_terminal else Console(width=_WIDTH)
+    _write(json, figures)
+    console = _console()
     title = f"two pools, one {slowdown:g} times slower: {requests} requests at {rate:g}/s; "
     title += f"goodput is ttft <= {ttft_ms:g} and tpot <= {tpot_ms:g} ms"
     console.print(_table(title, figures["unequal"], _UNEQUAL))
-    if ratios := figures.get("ratios"):
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ratios.items())
-        console.print(f"predicted: {told}\n", highlight=False)
+    _print_ratios(console, figures)
     console.print(_table("conversations under four system prompts", figures["prefixes"], _PREFIXES))
     if any(one["failures"] for scenario in ("unequal", "prefixes") for one in figures[scenario].values()):
         raise typer.Exit(1)
+
+
+def _real(options: ProcessOptions, json: Path | None) -> int:
+    """The unequal pools as processes. Returns the exit code."""
+    try:
+        figures = bench_processes(options)
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"neap: {error}", err=True)
+        return 1
+    _write(json, figures)
+    console = _console()
+    title = f"real processes, one pair {options.slowdown:g} times slower: {options.requests} requests at "
+    title += f"{options.rate:g}/s; goodput is ttft <= {options.ttft_ms:g} and tpot <= {options.tpot_ms:g} ms"
+    rows = tuple(name for name in _UNEQUAL if name in figures["unequal"]["predicted"])
+    console.print(_table(title, figures["unequal"], rows))
+    _print_ratios(console, figures)
+    return 1 if any(one["failures"] for one in figures["unequal"].values()) else 0
+
+
+def _print_ratios(console: Console, figures: dict[str, Any]) -> None:
+    if ratios := figures.get("ratios"):
+        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ratios.items())
+        console.print(f"predicted: {told}\n", highlight=False)
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def _table(title: str, figures: dict[str, Any], rows: tuple[str, ...]) -> Table:

@@ -116,6 +116,7 @@ class _Pool(_Section):
     num_cpus: float | None = Field(default=None, ge=0, description="CPUs Ray reserves per worker. Default: threads.")
     num_gpus: float = Field(default=0, ge=0, description="GPUs Ray reserves per worker.")
     accelerator_type: str = Field(default="", description="Ray accelerator type a worker must lie on, such as H100.")
+    fake_slowdown: float = Field(default=1.0, gt=0, description="With fake: how many times slower these workers are.")
 
 
 class _Router(_Section):
@@ -221,20 +222,27 @@ class ClusterConfig(_Section):
     def worker_specs(self, *, model_path: str, registry: str, log_dir: str) -> tuple[WorkerSpec, ...]:
         """One spec per worker, pools in order. model_path: the checkpoint, made or given; registry: host:port."""
         name = self.model_name(model_path)
-        fake = None if self.fake is None else FakeSpec(**self.fake.model_dump())
         return tuple(
             WorkerSpec(
                 worker_id=f"{self.pool_name(pool)}-{index}",
                 pool=self.pool_name(pool),
                 role=pool.role,
                 engine=EngineConfig(model=model_path, served_model_name=name, **self.engine_options(pool)),
-                fake=fake,
+                fake=self._fake_spec(pool.fake_slowdown),
                 host=self.worker_host,
                 registry=registry,
                 log_dir=log_dir,
             )
             for pool in self.pools
             for index in range(pool.workers)
+        )
+
+    def _fake_spec(self, slowdown: float) -> FakeSpec | None:
+        if self.fake is None:
+            return None
+        fake = FakeSpec(**self.fake.model_dump())
+        return msgspec.structs.replace(
+            fake, fixed_ms=fake.fixed_ms * slowdown, ms_per_token=fake.ms_per_token * slowdown
         )
 
     def router_specs(self, *, model_path: str, registry: str) -> tuple[RouterSpec, ...]:
