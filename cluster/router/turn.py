@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+
+log = logging.getLogger("neap.router")
 
 
 class Turn:
@@ -13,7 +16,7 @@ class Turn:
         self._due: list[Callable[[], None]] = []
 
     def add(self, work: Callable[[], None]) -> None:
-        """Call `work` before the loop waits again. It must not raise."""
+        """Call `work` before the loop waits again. What it raises is logged and is nobody else's trouble."""
         if not self._due:
             asyncio.get_running_loop().call_soon(self._run)
         self._due.append(work)
@@ -21,4 +24,7 @@ class Turn:
     def _run(self) -> None:
         due, self._due = self._due, []
         for work in due:
-            work()
+            try:
+                work()
+            except Exception:
+                log.exception("work of one stream failed")
