@@ -86,6 +86,7 @@ def _refused(name: str, instead: str, *neutral: str, **more: Any) -> ForeignOpti
 ENGINE_OPTIONS: tuple[ForeignOption, ...] = (
     # our options under another name
     _maps("max_num_batched_tokens", "max_batched_tokens"),
+    _maps("kv_cache_memory_bytes", "kv_cache_bytes"),
     # parallelism
     _refused("tensor_parallel_size", _ONE_RANK, "1", aliases=("-tp",)),
     _refused("pipeline_parallel_size", _ONE_RANK, "1", aliases=("-pp",)),
@@ -120,6 +121,7 @@ ENGINE_OPTIONS: tuple[ForeignOption, ...] = (
     _ignored("max_long_partial_prefills", _CHUNKED),
     _ignored("long_prefill_token_threshold", _CHUNKED),
     _ignored("scheduling_policy", "requests always go by priority, then arrival"),
+    _ignored("num_scheduler_steps", "see steps_in_flight"),
     _ignored("async_scheduling", "see steps_in_flight", is_switch=True),
     _refused("speculative_config", "there are no drafts yet; the texts would be the same, leave it out"),
     # kernels
@@ -127,6 +129,9 @@ ENGINE_OPTIONS: tuple[ForeignOption, ...] = (
     _ignored("graph_optimization_config", "there are no captured graphs on CPU"),
     _ignored("compilation_config", "there are no captured graphs on CPU"),
     _ignored("max_seq_len_to_capture", "there are no captured graphs on CPU"),
+    _ignored("use_cudagraph", "there are no captured graphs on CPU", is_switch=True),
+    _refused("plas_attention_config", "attention is exact over the whole context; leave it out"),
+    _refused("moba_attention_config", "attention is exact over the whole context; leave it out"),
     # what answers may hold
     _ignored("enable_logprob", "every request may ask for logprobs", is_switch=True),
     _ignored("max_logprobs", "20 alternatives at most"),
@@ -137,6 +142,11 @@ ENGINE_OPTIONS: tuple[ForeignOption, ...] = (
     _refused("enable_mm", "only text is served yet", is_switch=True),
     _ignored("limit_mm_per_prompt", "only text is served"),
     _ignored("mm_processor_kwargs", "only text is served"),
+    _refused("logits_processors", "requests have bad_words, allowed_token_ids and logit_bias; leave it out"),
+    _refused("early_stop_config", "answers end at stop strings, stop tokens and max_tokens; leave it out"),
+    _refused("enable_early_stop", "answers end at stop strings, stop tokens and max_tokens", is_switch=True),
+    _refused("task", "the model generates; leave it out", "generate", "auto"),
+    _refused("runner", "the model generates; leave it out", "generate", "auto"),
     _ignored("disable_log_stats", "see /metrics", is_switch=True),
 )
 

@@ -53,6 +53,7 @@ SERVER_OPTIONS: tuple[ForeignOption, ...] = (
     ),
     _row("ports", instead="one endpoint has one port: --port"),
     _row("args", "options follow as they are", switch=True),
+    _row("ips", instead="several machines: join a Ray cluster with --ray-address"),
     # answers
     _row("tool_call_parser", instead=_TOOLS),
     _row("tool_parser_plugin", instead=_TOOLS),

@@ -98,6 +98,9 @@ def _encode(text: Tokenizer, request: TokenizeRequest) -> list[int]:
         if request.prompt is not None:
             added = True if request.add_special_tokens is None else request.add_special_tokens
             return text.encode(request.prompt, add_special_tokens=added)
+        if request.add_special_tokens:
+            message = "A chat template writes its own special tokens."
+            raise RequestError("unsupported_parameter", message, param="add_special_tokens")
         chat = parse_chat(_chat_fields(request))
         turns = [{"role": ROLES[turn.role], "content": turn.content} for turn in chat.messages]
         return encode_turns(

@@ -52,6 +52,13 @@ def test_a_conversation_is_tokenised_as_chat_does_it(rig: Any) -> None:
         ("/tokenize", {"prompt": "x", "model": "other"}, 404, "model_not_found", "model"),
         ("/tokenize", {"messages": [{"role": "boss", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
         ("/tokenize", {"prompt": "x", "tools": [1]}, 400, "unsupported_parameter", "tools"),
+        (
+            "/tokenize",
+            {"messages": TURNS, "add_special_tokens": True},
+            400,
+            "unsupported_parameter",
+            "add_special_tokens",
+        ),
         ("/detokenize", {}, 400, "invalid_value", "tokens"),
         ("/detokenize", {"tokens": [1, 10**6]}, 400, "invalid_value", "tokens"),
         ("/detokenize", {"tokens": [-1]}, 400, "invalid_value", "tokens"),
