@@ -26,6 +26,7 @@ from engine.messages import Command, Event, RankFailed, RankProgress, RankReady,
 
 _log = logging.getLogger(__name__)
 FLUSH_S = 0.005  # how often a full ring is tried again
+STOPPED_BEATS = 3  # looks in a row at which a rank must be found stopped
 SHUTDOWN_S = 5.0
 
 
@@ -64,6 +65,7 @@ class EngineLoop:
         self._reason = ""
         self._serving = False
         self._over = False
+        self._num_stopped = 0
 
     @property
     def pid(self) -> int:
@@ -99,6 +101,15 @@ class EngineLoop:
             self._die(str(error))
             return
         self._flush_later()
+
+    def look(self) -> None:
+        """To be called with each heartbeat. A rank that somebody stopped (SIGSTOP) is given up within three.
+
+        A slow step tells nothing, so only the kernel's word counts; a rank under a debugger is left alone.
+        """
+        self._num_stopped = self._num_stopped + 1 if not self._over and _is_stopped(self.pid) else 0
+        if self._num_stopped >= STOPPED_BEATS:
+            self._die("the rank's process is stopped")
 
     async def close(self) -> None:
         """Ask the rank to leave, end it if it does not within a few seconds, and drop everything."""
@@ -167,6 +178,15 @@ class EngineLoop:
         self._over = True
         self._detach()
         self._handler.on_death(reason)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is in job-control stop: state T in /proc/PID/stat, the field after the name in brackets."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False  # gone: the pidfd tells
 
 
 def layout_of(ready: RankReady) -> KVLayout:

@@ -129,6 +129,7 @@ class WorkerService:
 
     def beat(self) -> None:
         """Send a heartbeat on every link. From the I/O side: also while the engine hangs, and then it says so."""
+        self._engine.look()
         heartbeat = Heartbeat(
             info=self._info,
             load=self._load,

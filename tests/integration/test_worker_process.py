@@ -285,6 +285,25 @@ STAGES: dict[str, Callable[[Request], object]] = {
 
 
 @pytest.mark.parametrize("transport", BOTH)
+def test_a_source_whose_rank_alone_is_stopped_changes_no_token_and_is_ended(
+    transport: Transport, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with cluster(transport, SLOW, tmp_path) as pair:
+            request = make_request(1, 1500)
+            pair.decode.submit("r", request, pair.prefill)
+            await until(lambda: any(news.stage == "transferring" for news in request.news))
+            (rank,) = pair.prefill.children()
+            rank.suspend()
+            await finish(pair, request)
+            assert request.path != "prefill-decode"
+            assert await asyncio.to_thread(pair.prefill.process.wait, 60) == 1  # whoever started it starts it again
+            assert psutil.wait_procs([rank], 30)[1] == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("transport", BOTH)
 def test_an_abort_at_each_of_seven_stages_gives_every_block_back(transport: Transport, tmp_path: Path) -> None:
     async def run() -> None:
         # steps of up to 1 s: the news of each half second tell the long first chunk from the transfer after it
