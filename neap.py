@@ -38,8 +38,11 @@ def __dir__() -> list[str]:
 
 
 def main() -> None:
-    """The `neap` command."""
-    import_module("cluster.cli").main()
+    """The `neap` command. Ctrl-C at any moment, while it imports too, ends it without a traceback."""
+    try:
+        import_module("cluster.cli").main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _refuse_foreign_packages() -> None:
