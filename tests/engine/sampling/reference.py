@@ -23,7 +23,7 @@ def adjusted_logits(
         if token < x.size:
             x[token] += bias
     if params.allowed_token_ids:
-        x[[token for token in range(x.size) if token not in params.allowed_token_ids]] = -np.inf
+        x[np.isin(np.arange(x.size), params.allowed_token_ids, invert=True)] = -np.inf
     for *before, last in params.bad_token_sequences:
         if tuple(before) == outputs[len(outputs) - len(before) :] and max(*before, last, 0) < x.size:
             x[last] = -np.inf
