@@ -1,18 +1,22 @@
 """A measured engine's process: `python -m engine.bench.child`; over its stdin and stdout go JSON values, one a line.
 
 in: a SubjectSpec, then Commands; out: Ready, then a Measured per command, or Failed at any time, which is the last.
-It ends when its stdin does.
+It ends when its stdin or its parent does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from typing import BinaryIO
 
 import msgspec
 
 from engine.bench.subject import Subject, SubjectSpec, prepare, run
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +84,8 @@ def load(spec: SubjectSpec) -> Subject:
 
 def main() -> int:
     """Keep stdout for answers: whatever libraries print goes to stderr."""
+    # a bench that is killed in the middle of a measure leaves nothing behind that goes on computing
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return serve(sys.stdin.buffer, answers)

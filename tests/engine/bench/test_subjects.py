@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from engine.bench import workload
@@ -114,6 +117,23 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
 def test_a_child_that_dies_is_told(checkpoint: Path) -> None:
     with pytest.raises(BenchError, match=r"neap: its process ended with 1"):
         run_session([spec(checkpoint)], {"neap": []}, repetitions=1, environment={"PYTHONHOME": "/nowhere"}, tell=print)
+
+
+def test_a_child_does_not_outlive_its_parent(checkpoint: Path) -> None:
+    """Not even where its stdin stays open, as it does for one that is in the middle of a measure."""
+    commands, asking = os.pipe()
+    start = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-m', 'engine.bench.child'],"
+    wait = f" stdin={commands}, stdout=subprocess.PIPE); child.stdout.readline(); print(child.pid, flush=True); input()"
+    command = [sys.executable, "-c", start + wait]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[commands]) as process:
+        os.write(asking, msgspec.json.encode(spec(checkpoint)) + b"\n")
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        assert child.is_running()
+        process.kill()
+    assert psutil.wait_procs([child], timeout=60)[1] == []
+    os.close(asking)
+    os.close(commands)
 
 
 def figures(engine: str, factor: float) -> EngineFigures:
