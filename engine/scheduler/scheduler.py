@@ -37,8 +37,8 @@ from engine.scheduler.batch_builder import BatchBuilder
 from engine.scheduler.decode import schedule_decode
 from engine.scheduler.landing import Landed, land_step
 from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, usable_match
-from engine.scheduler.pulls import Pulls
 from engine.scheduler.profile import Scales
+from engine.scheduler.pulls import Pulls
 from engine.scheduler.request_book import RequestBook, RequestRefusedError
 from engine.scheduler.request_state import Counters, LaunchedStep, ModelLimits, parse_tokens
 from engine.scheduler.seats import Seats
