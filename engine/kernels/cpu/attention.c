@@ -7,7 +7,8 @@
 
    One item of work is a KV head and up to ROWS query rows of one request:
 
-       widen the tile's K and V once -> per 2 * VL rows: scores [KEYS, rows] -> weights -> output [features, rows]
+       widen the tile's K -> per 2 * VL rows: scores [KEYS, rows], weights
+       widen the tile's V into the same memory (it fits L1) -> per 2 * VL rows: output [features, rows]
 
    Memory:  kv    [blocks, layers, 2, KV heads, block size, features]
             qkv   [tokens, (heads | KV heads | KV heads) * features], q is rotated in place
@@ -16,7 +17,7 @@
 
 #include "pool.h"
 
-#define KEYS 64
+#define KEYS 32
 #define LANES (2 * VL)
 #define ROWS 128
 
@@ -44,10 +45,17 @@ static long key_offset(const struct attention *a, int32_t row, long position, in
 
 /* -- rotary positions and the write ----------------------------------------------------------------------------- */
 
-static void read_row(const void *p, long at, int count, int dtype, float *out) {
+INLINE void read_row_of(const void *p, long at, int count, int dtype, float *out) {
     int i = 0;
     for (; i + VL <= count; i += VL) store_f32(out + i, read_vector(p, at + i, dtype));
     for (; i < count; i++) out[i] = read_item(p, at + i, dtype);
+}
+
+static void read_row(const void *p, long at, int count, int dtype, float *out) {
+    if (dtype == BFLOAT16)
+        read_row_of(p, at, count, BFLOAT16, out);
+    else
+        read_row_of(p, at, count, FLOAT32, out);
 }
 
 static void write_row(void *p, long at, int count, int dtype, const float *in) {
@@ -89,58 +97,55 @@ static void rotate_and_store(const void *job, long item, int thread) {
 
 /* -- attention -------------------------------------------------------------------------------------------------- */
 
-/* A thread's memory for one item. Per vector pair of rows: q [dim][LANES], out [padded_dim][LANES], top, sum, last. */
+/* A thread's memory for one item. tile: [KEYS][padded_dim]; per vector pair of rows: scores [KEYS][LANES],
+   q and out [padded_dim][LANES], factor, top, sum, last [LANES]. */
 struct work {
-    float *keys, *values, *scores, *q, *out, *top, *sum, *last;
+    float *tile, *scores, *q, *out, *factor, *top, *sum, *last;
 };
 
 static struct work work_of(const struct attention *a, int thread) {
-    long rows = a->rows_per_item, tile = KEYS * a->padded_dim;
-    float *p = a->scratch + thread * a->scratch_floats;
-    return (struct work){
-        .keys = p,
-        .values = p + tile,
-        .scores = p + 2 * tile,
-        .q = p + 2 * tile + KEYS * LANES,
-        .out = p + 2 * tile + KEYS * LANES + rows * a->padded_dim,
-        .top = p + 2 * tile + KEYS * LANES + 2 * rows * a->padded_dim,
-        .sum = p + 2 * tile + KEYS * LANES + 2 * rows * a->padded_dim + rows,
-        .last = p + 2 * tile + KEYS * LANES + 2 * rows * a->padded_dim + 2 * rows,
-    };
+    long rows = a->rows_per_item;
+    float *tile = a->scratch + thread * a->scratch_floats, *scores = tile + KEYS * a->padded_dim;
+    float *q = scores + KEYS * rows, *out = q + rows * a->padded_dim, *factor = out + rows * a->padded_dim;
+    return (struct work){tile, scores, q, out, factor, factor + rows, factor + 2 * rows, factor + 3 * rows};
 }
 
 static long scratch_floats(const struct attention *a) {
-    return round_up((2 * KEYS + 2 * a->rows_per_item) * a->padded_dim + KEYS * LANES + 3 * a->rows_per_item, 64);
+    return round_up(KEYS * a->padded_dim + (KEYS + 2 * a->padded_dim + 4) * a->rows_per_item, 64);
 }
 
 /* Row r of the item is lane r % LANES of vector pair r / LANES. Lanes past the last row attend to everything with q 0. */
 static void load_queries(const struct attention *a, struct segment part, int head, struct work w) {
     long dim = a->head_dim, group = a->num_heads / a->num_kv_heads, rows = part.num_tokens * group;
     float scale = LOG2_E / sqrtf((float)dim), x[dim];
-    for (long r = 0; r < round_up(rows, LANES); r++) {
+    for (long r = 0; r < round_up(rows, VL); r++) {
         float *q = w.q + r / LANES * a->padded_dim * LANES + r % LANES;
         w.top[r] = -INFINITY;
         w.sum[r] = 0.0f;
         w.last[r] = r < rows ? (float)(part.first_position + r / group) : INFINITY;
-        memset(x, 0, sizeof x);
         if (r < rows) {
             long token = part.first_token + r / group;
             long at = (token * (a->num_heads + 2 * a->num_kv_heads) + head * group + r % group) * dim;
             read_row(a->qkv, at, (int)dim, a->dtype, x);
+        } else {
+            memset(x, 0, sizeof x);
         }
         for (long d = 0; d < dim; d++) q[d * LANES] = x[d] * scale;
     }
     memset(w.out, 0, (size_t)(round_up(rows, LANES) * a->padded_dim) * 4);
 }
 
-static void load_keys(const struct attention *a, int32_t row, int head, long first, long count, struct work w) {
-    for (long j = 0; j < count; j++) {
-        read_row(a->kv, key_offset(a, row, first + j, 0, head), a->head_dim, a->dtype, w.keys + j * a->padded_dim);
-        read_row(a->kv, key_offset(a, row, first + j, 1, head), a->head_dim, a->dtype, w.values + j * a->padded_dim);
-        for (int d = a->head_dim; d < a->padded_dim; d++) w.values[j * a->padded_dim + d] = 0.0f;
+/* count rows of K or V, one block after the other; what a register tile reads beyond them is zero. */
+static void load_tile(const struct attention *a, int32_t row, int value, int head, long first, long count, float *out) {
+    for (long j = 0; j < count;) {
+        long left = a->block_size - (first + j) % a->block_size, at = key_offset(a, row, first + j, value, head);
+        for (long end = count - j < left ? count : j + left; j < end; j++, at += a->head_dim)
+            read_row(a->kv, at, a->head_dim, a->dtype, out + j * a->padded_dim);
     }
+    for (long j = 0; a->head_dim < a->padded_dim && j < count; j++)
+        for (int d = a->head_dim; d < a->padded_dim; d++) out[j * a->padded_dim + d] = 0.0f;
     for (long j = count; j < round_up(count, UNROLL); j++)
-        memset(w.keys + j * a->padded_dim, 0, (size_t)a->padded_dim * 4);
+        memset(out + j * a->padded_dim, 0, (size_t)a->padded_dim * 4);
 }
 
 /* scores[j] = keys[j] . q, `vectors` (1 or 2, a constant) vectors of rows. */
@@ -167,12 +172,12 @@ INLINE void score(int vectors, const struct attention *a, const float *keys, con
     }
 }
 
-/* Scores become weights; returns the factor for what was summed before. One vector of rows. */
-INLINE vf weigh(float *scores, long first, long count, vf last, float *top, float *sum) {
-    vf highest = load_f32(top);
+/* Scores become weights, of one vector of rows; `factor`: what sums so far are worth under the new maximum. */
+static void weigh(struct work w, long row, long first, long count) {
+    float *scores = w.scores + row / LANES * KEYS * LANES + row % LANES, *top = w.top + row, *sum = w.sum + row;
+    vf highest = load_f32(top), last = load_f32(w.last + row);
     for (long j = 0; j < count; j++) {
-        vi hidden = splat((float)(first + j)) > last;
-        vf s = select_v(hidden, splat(-INFINITY), load_f32(scores + j * LANES));
+        vf s = where_above(splat((float)(first + j)), last, splat(-INFINITY), load_f32(scores + j * LANES));
         store_f32(scores + j * LANES, s);
         highest = max_v(highest, s);
     }
@@ -184,19 +189,20 @@ INLINE vf weigh(float *scores, long first, long count, vf last, float *top, floa
     }
     store_f32(top, highest);
     store_f32(sum, load_f32(sum) * factor + total);
-    return factor;
+    store_f32(w.factor + row, factor);
 }
 
 /* out = out * factor + sum of weights[j] * values[j]. */
 INLINE void mix(int vectors, const struct attention *a, const float *values, const float *weights, long count,
-                const vf *factor, float *out) {
+                const float *factor, float *out) {
     long stride = a->padded_dim;
+    vf factor0 = load_f32(factor), factor1 = load_f32(factor + VL);
     for (long d = 0; d < stride; d += UNROLL, out += UNROLL * LANES) {
         vf sums[UNROLL][2];
 #pragma GCC unroll 16
         for (int u = 0; u < UNROLL; u++) {
-            sums[u][0] = load_f32(out + u * LANES) * factor[0];
-            if (vectors == 2) sums[u][1] = load_f32(out + u * LANES + VL) * factor[1];
+            sums[u][0] = load_f32(out + u * LANES) * factor0;
+            if (vectors == 2) sums[u][1] = load_f32(out + u * LANES + VL) * factor1;
         }
         for (long j = 0; j < count; j++) {
             vf w0 = load_f32(weights + j * LANES), w1 = load_f32(weights + j * LANES + VL);
@@ -213,17 +219,6 @@ INLINE void mix(int vectors, const struct attention *a, const float *values, con
             if (vectors == 2) store_f32(out + u * LANES + VL, sums[u][1]);
         }
     }
-}
-
-INLINE void attend_tile(int vectors, const struct attention *a, struct work w, long pair, long first, long count) {
-    float *q = w.q + pair * a->padded_dim * LANES, *out = w.out + pair * a->padded_dim * LANES;
-    vf factor[2];
-    score(vectors, a, w.keys, q, count, w.scores);
-    for (int v = 0; v < vectors; v++) {
-        long row = pair * LANES + v * VL;
-        factor[v] = weigh(w.scores + v * VL, first, count, load_f32(w.last + row), w.top + row, w.sum + row);
-    }
-    mix(vectors, a, w.values, w.scores, count, factor, out);
 }
 
 static void store_output(const struct attention *a, struct segment part, int head, struct work w) {
@@ -249,12 +244,22 @@ static void attend(const void *job, long item, int thread) {
     load_queries(a, part, head, w);
     for (long first = 0; first < num_keys; first += KEYS) {
         long count = num_keys - first < KEYS ? num_keys - first : KEYS;
-        load_keys(a, part.row, head, first, count, w);
-        for (long pair = 0; pair * LANES < rows; pair++) {
-            if (rows - pair * LANES <= VL)
-                attend_tile(1, a, w, pair, first, count);
+        load_tile(a, part.row, 0, head, first, count, w.tile);
+        for (long row = 0; row < rows; row += LANES) {
+            float *q = w.q + row * a->padded_dim, *scores = w.scores + row * KEYS;
+            if (rows - row <= VL)
+                score(1, a, w.tile, q, count, scores);
             else
-                attend_tile(2, a, w, pair, first, count);
+                score(2, a, w.tile, q, count, scores);
+        }
+        for (long row = 0; row < rows; row += VL) weigh(w, row, first, count);
+        load_tile(a, part.row, 1, head, first, count, w.tile);
+        for (long row = 0; row < rows; row += LANES) {
+            float *out = w.out + row * a->padded_dim, *weights = w.scores + row * KEYS;
+            if (rows - row <= VL)
+                mix(1, a, w.tile, weights, count, w.factor + row, out);
+            else
+                mix(2, a, w.tile, weights, count, w.factor + row, out);
         }
     }
     store_output(a, part, head, w);

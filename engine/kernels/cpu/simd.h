@@ -130,16 +130,24 @@ INLINE void write_vector(void *p, long i, int dtype, vf v) {
         store_f32((float *)p + i, v);
 }
 
-INLINE vf select_v(vi mask, vf yes, vf no) { return (vf)(((vu)mask & (vu)yes) | (~(vu)mask & (vu)no)); }
+/* Lane by lane: a > b ? yes : no. */
+INLINE vf where_above(vf a, vf b, vf yes, vf no) {
+#if VL == 16
+    return (vf)_mm512_mask_blend_ps(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ), (__m512)no, (__m512)yes);
+#elif VL == 8
+    return (vf)_mm256_blendv_ps((__m256)no, (__m256)yes, _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#else
+    return (vf)vbslq_f32((uint32x4_t)(a > b), (float32x4_t)yes, (float32x4_t)no);
+#endif
+}
 
-INLINE vf max_v(vf a, vf b) { return select_v(a > b, a, b); }
+INLINE vf max_v(vf a, vf b) { return where_above(a, b, a, b); }
 
 /* 2 ** x. Relative error below 2e-7 for -126 <= x <= 126; 0 below (so also at -inf); above 126 as at 126; NaN stays.
    x = n + r with |r| <= 1/2: the sum with 1.5 * 2 ** 23 leaves n in the low bits, 2 ** r is its Taylor polynomial. */
 INLINE vf exp2_v(vf x) {
     const vf magic = splat(12582912.0f);
-    vi low = x < splat(-126.0f);
-    vf bounded = select_v(x > splat(126.0f), splat(126.0f), x);
+    vf bounded = where_above(x, splat(126.0f), splat(126.0f), x);
     vf shifted = bounded + magic;
     vf r = bounded - (shifted - magic);
     vf p = splat(1.5403530e-4f);
@@ -149,8 +157,8 @@ INLINE vf exp2_v(vf x) {
     p = fma_v(p, r, splat(2.4022651e-1f));
     p = fma_v(p, r, splat(6.9314718e-1f));
     p = fma_v(p, r, splat(1.0f));
-    vi scaled = (vi)p + ((vi)shifted << 23);
-    return (vf)(scaled & ~low);
+    vf scaled = (vf)((vi)p + ((vi)shifted << 23));
+    return where_above(splat(-126.0f), x, splat(0.0f), scaled);
 }
 
 #define LOG2_E 1.44269504088896341f
