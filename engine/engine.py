@@ -3,13 +3,14 @@
 1. config.json -> model, dtype, lengths       errors of the user end here, before anything large is allocated
 2. weights -> device                          progress "load" in bytes
 3. KV memory within kv_cache_bytes            shared (memfd) on CPU
-4. warm-up -> StepCost, Profile               progress "warmup" in shapes
+4. warm-up -> StepCost                        progress "warmup" in shapes
 5. scheduler + runner -> EngineCore
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from engine.scheduler.step_cost import StepCost
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_DEFAULT_THREADS = 2  # of our own kernels: the bits are the same on any number
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,7 +63,18 @@ class BuiltEngine:
     max_model_len: int
     identity: str
     numerics_class: str
-    profile: Profile
+
+    def measure_profile(self, config: EngineConfig) -> Profile:
+        """What a worker tells others of its speed; takes a second at most. To be called before the first step."""
+        return measure_profile(
+            self.runner,
+            self.core.step_cost,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_step_ms=config.max_step_ms,
+            max_step_tokens=config.max_batched_tokens,
+            kv_token_bytes=self.layout.token_bytes,
+        )
 
     @property
     def checksum_algorithm(self) -> str:
@@ -90,7 +103,7 @@ def build_engine(
     layout = _layout(config, model_config, device, dtype_name)
     max_model_len = _max_model_len(config, model_config, layout)
     options = options or _layer_options(config, device, _DTYPES[dtype_name])
-    _configure_torch(config.threads, options)
+    _configure_torch(config.threads or 1, options)
     model = build_model(model_config, options)
     load_weights(model, model_dir, _staged(progress, "load"))
     runner = _runner(config, model, layout, max_model_len, capture_logits)
@@ -99,15 +112,6 @@ def build_engine(
         max_model_len=max_model_len,
         max_batched_tokens=config.max_batched_tokens,
         progress=_staged(progress, "warmup"),
-    )
-    profile = measure_profile(
-        runner,
-        step_cost,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_step_ms=config.max_step_ms,
-        max_step_tokens=config.max_batched_tokens,
-        kv_token_bytes=layout.token_bytes,
     )
     identity = cache_identity(model_dir, model_config, layout)
     limits = ModelLimits(
@@ -125,8 +129,7 @@ def build_engine(
         model_config=model_config,
         max_model_len=max_model_len,
         identity=identity,
-        profile=profile,
-        numerics_class=numerics_class(options, config.threads),
+        numerics_class=numerics_class(options, config.threads or 1),
     )
 
 
@@ -167,9 +170,10 @@ def _layer_options(config: EngineConfig, device: torch.device, dtype: torch.dtyp
     """Our own kernels on the CPU where they run, else torch's."""
     if config.kernels == "torch" or device.type != "cpu" or dtype not in KERNEL_DTYPES:
         return LayerOptions(device=device, dtype=dtype)
+    threads = config.threads or min(_DEFAULT_THREADS, len(os.sched_getaffinity(0)))
     cache_dir = Path(config.kernel_cache) if config.kernel_cache else Path.home() / ".cache" / "neap"
     try:
-        return LayerOptions(device=device, dtype=dtype, kernels=CpuKernels.load(cache_dir, config.threads))
+        return LayerOptions(device=device, dtype=dtype, kernels=CpuKernels.load(cache_dir, threads))
     except KernelsUnavailable as error:
         _log.warning("serving with torch's kernels, which are slower: %s", error)
         return LayerOptions(device=device, dtype=dtype)

@@ -65,7 +65,13 @@ class DecodeCosts:
         self.tpot_ms = scale * profile.decode_step_ms(with_us, context + mine)
         self.riding_ms = max(0.0, self.step_ms - scale * interpolate(profile.decode, 0)) if running else 0.0
         # rows come free one by one: each after a whole answer, `most` of them at a time
-        self.wait_ms = max(0, rows + new - most) * request.num_outputs * self.tpot_ms / most
+        answer_ms = request.num_outputs * self.tpot_ms
+        self.wait_ms = max(0, rows + new - most) * answer_ms / most
+        if view.num_free_blocks is not None and running:
+            # a full pool: answers end one by one, each giving back about what this request wants
+            wanted = request.num_tokens - view.cached_tokens + new * request.num_outputs
+            missing = wanted / max(1, view.info.block_size) - view.num_free_blocks
+            self.wait_ms = max(self.wait_ms, answer_ms / running) if missing > 0 else self.wait_ms
         # in a full batch it takes the row of one that ends, and the others go no faster for that one's end
         others = max(0, with_us - new)
         without_ms = self.step_ms if others == running else scale * profile.decode_step_ms(others, context)

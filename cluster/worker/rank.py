@@ -109,7 +109,7 @@ def _build(spec: RankSpec, end: RankEnd) -> RunningEngine:
         max_num_seqs=spec.engine.max_num_seqs,
         vocab_size=built.model_config.vocab_size,
         eos_token_ids=tuple(built.model_config.eos_token_ids),
-        profile=built.profile,
+        profile=built.measure_profile(spec.engine),
     )
     return RunningEngine(core=built.core, memory=memory, ready=ready)
 

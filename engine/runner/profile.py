@@ -16,7 +16,7 @@ from engine.scheduler.batch import RowStart, Runner, ScheduledBatch
 from engine.scheduler.profile import Profile, Table
 from engine.scheduler.step_cost import StepCost
 
-BUDGET_S = 1.2
+BUDGET_S = 1.0
 _PREFILL_TOKENS = (16, 128, 512)
 _DECODE_ROWS = (1, 4, 16)
 _SHORT, _LONG = 16, 512  # keys that a decode row sees

@@ -81,6 +81,14 @@ def test_a_full_batch_is_waited_for() -> None:
     assert alone(asked, worker("d1", num_sequences=9)).wait_ms == pytest.approx(2 * full.wait_ms)
 
 
+def test_a_full_pool_is_waited_for() -> None:
+    asked = request(1001, num_outputs=40)  # 65 blocks of 16
+    room, full = (alone(asked, worker("d1", num_sequences=4, num_free_blocks=free)) for free in (66, 64))
+    assert room.wait_ms == 0.0 and full.wait_ms == pytest.approx(40 * full.tpot_ms / 4)
+    assert alone(asked, worker("d1", num_free_blocks=64)).wait_ms == 0.0, "nobody is there to wait for"
+    assert alone(asked, worker("d1", num_sequences=4, num_free_blocks=64, cached_tokens=800)).wait_ms == 0.0
+
+
 def test_alone_the_rows_ride_along_and_are_held_up() -> None:
     idle, busy = (alone(request(1001), worker("d1", num_sequences=rows)) for rows in (0, 4))
     assert idle.ttft_ms == pytest.approx(2.0 + 100.1) and idle.cost_ms == pytest.approx(idle.ttft_ms + 49 * 2.1)
