@@ -6,6 +6,7 @@ anything else. KVSource's messages have their conversions in rpc/convert_fetch.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -208,6 +209,18 @@ def router_message_to_pb(message: RouterMessage) -> w.RouterMessage:
     if isinstance(message, AbortRequest):
         return w.RouterMessage(abort=w.Abort(request_id=message.request_id, attempt=message.attempt))
     return w.RouterMessage(release=w.Release(request_id=message.request_id, attempt=message.attempt))
+
+
+def router_batch_to_pb(messages: Sequence[RouterMessage]) -> w.RouterMessage:
+    """One message for one or several."""
+    if len(messages) == 1:
+        return router_message_to_pb(messages[0])
+    return w.RouterMessage(batch=w.RouterBatch(messages=[router_message_to_pb(message) for message in messages]))
+
+
+def router_messages_in(pb: w.RouterMessage) -> Sequence[w.RouterMessage]:
+    """The messages of a batch, or the one message. A batch within a batch is refused by router_message_from_pb."""
+    return pb.batch.messages if pb.WhichOneof("kind") == "batch" else (pb,)
 
 
 def router_message_from_pb(pb: w.RouterMessage) -> RouterMessage:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from grpc import aio
 
 from cluster.rpc.channel import open_channel
-from cluster.rpc.convert import WireError, router_message_to_pb, worker_message_from_pb
+from cluster.rpc.convert import WireError, router_batch_to_pb, worker_message_from_pb
 from cluster.rpc.outbox import RouterOutbox
 from cluster.rpc.pb import worker_pb2 as pb
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
@@ -140,8 +140,8 @@ class LinkClient:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while (message := outbox.take()) is not None:
-                await call.write(router_message_to_pb(message))
+            while messages := outbox.take_some():
+                await call.write(router_batch_to_pb(messages))
 
     async def _wait_for_drop(self) -> None:
         await self._broken.wait()

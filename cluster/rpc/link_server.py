@@ -20,6 +20,7 @@ from cluster.rpc.convert import (
     heartbeat_to_pb,
     info_to_pb,
     router_message_from_pb,
+    router_messages_in,
 )
 from cluster.rpc.outbox import WorkerOutbox
 from cluster.rpc.pb import worker_pb2 as pb
@@ -159,18 +160,23 @@ class LinkServicer(pb_grpc.WorkerServicer):
             message = await context.read()
             if not isinstance(message, pb.RouterMessage):
                 raise StreamEndedError("the router closed the link")
-            try:
-                request = router_message_from_pb(message)
-            except WireError as error:
-                if not message.dispatch.request_id:
-                    raise
-                failed = Failed(
-                    request_id=message.dispatch.request_id,
-                    attempt=message.dispatch.attempt,
-                    code="invalid_value",
-                    message=str(error),
-                )
-                self.put(link.link_id, failed)
-                self.flush()
-                continue
-            self._handler.on_router_message(link.link_id, request)
+            for part in router_messages_in(message):
+                self._take(link, part)
+
+    def _take(self, link: _Link, message: pb.RouterMessage) -> None:
+        """Hand one message on. A dispatch that makes no sense fails alone; else raises WireError."""
+        try:
+            request = router_message_from_pb(message)
+        except WireError as error:
+            if not message.dispatch.request_id:
+                raise
+            failed = Failed(
+                request_id=message.dispatch.request_id,
+                attempt=message.dispatch.attempt,
+                code="invalid_value",
+                message=str(error),
+            )
+            self.put(link.link_id, failed)
+            self.flush()
+            return
+        self._handler.on_router_message(link.link_id, request)

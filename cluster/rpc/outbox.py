@@ -1,6 +1,7 @@
 """The two bounded outboxes of a link. Pure: they hold what waits to be written and say when it is too much.
 
-router -> worker   aborts and releases overtake dispatches; an abort removes the dispatch that it overtakes
+router -> worker   aborts and releases overtake dispatches; an abort removes the dispatch that it overtakes; what waits
+                   leaves together
 worker -> router   entries of one request melt together while they wait, so a slow reader costs memory, not messages
 """
 
@@ -14,6 +15,8 @@ from cluster.types import AbortRequest, CacheNews, Dispatch, Entry, News, Prompt
 
 MAX_DISPATCH_BYTES = 64 << 20
 MAX_MESSAGES = 8192
+MAX_BATCH = 64
+MAX_BATCH_BYTES = 256 << 10
 _KEYS_PER_TOKEN = 256  # bytes of cache news that weigh as much as one token
 _MESSAGE_BYTES = 256  # what a message weighs beside its tokens
 
@@ -51,6 +54,15 @@ class RouterOutbox:
         else:
             self._urgent.append(message)
         self._num_bytes += _weight(message)
+
+    def take_some(self) -> list[RouterMessage]:
+        """The next messages to write in one: a bounded number and size of them, so that an abort never waits long."""
+        messages: list[RouterMessage] = []
+        left = MAX_BATCH_BYTES
+        while left > 0 and len(messages) < MAX_BATCH and (message := self.take()) is not None:
+            messages.append(message)
+            left -= _weight(message)
+        return messages
 
     def take(self) -> RouterMessage | None:
         """The next message to write."""
