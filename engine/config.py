@@ -20,6 +20,7 @@ class EngineConfig:
     `max_step_ms` bounds a step's predicted time; `max_batched_tokens` bounds it in tokens as well (buffer sizes).
     `steps_in_flight` 0 waits for each step; 1 schedules the next while one runs. `kernels` auto takes our own on CPU
     (float32, bfloat16) where a C compiler is, compiled into `kernel_cache` (empty: ~/.cache/neap); torch goes without.
+    `threads` 0: two with our own kernels, as far as there are cores; with torch's one, whose bits depend on no batch.
     """
 
     model: str
@@ -27,7 +28,7 @@ class EngineConfig:
     role: Role = "decode"
     dtype: DType = "auto"
     device: Device = "auto"
-    threads: int = 1
+    threads: int = 0
     max_model_len: int = 0
     max_num_seqs: int = 32
     max_num_served: int = 16
@@ -42,7 +43,9 @@ class EngineConfig:
     kernel_cache: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("threads", "max_num_seqs", "max_num_served", "max_batched_tokens", "kv_cache_bytes"):
+        if self.threads < 0:
+            raise ValueError(f"threads must be at least 0, got {self.threads}")
+        for name in ("max_num_seqs", "max_num_served", "max_batched_tokens", "kv_cache_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 < self.served_block_fraction <= 1.0:

@@ -3,7 +3,7 @@
 HELP = {
     "engine.dtype": "Numbers weights and KV are kept in; auto: float32 on CPU, the checkpoint's on CUDA.",
     "engine.device": "cpu, cuda, or auto: cuda if there is one.",
-    "engine.threads": "CPU threads of one worker.",
+    "engine.threads": "CPU threads of one worker; 0: two, or as many as there are cores (with torch's kernels one).",
     "engine.max_model_len": "Longest prompt plus answer, in tokens; 0: the checkpoint's.",
     "engine.max_num_seqs": "Requests that run at once on one worker.",
     "engine.max_num_served": "Prompts that one worker computes for others at once.",

@@ -113,7 +113,9 @@ class _Pool(_Section):
     )
     role: Role = Field(description="What its workers start as: prefill or decode.")
     workers: int = Field(default=1, ge=1, description="Number of workers.")
-    num_cpus: float | None = Field(default=None, ge=0, description="CPUs Ray reserves per worker. Default: threads.")
+    num_cpus: float | None = Field(
+        default=None, ge=0, description="CPUs Ray reserves per worker. Default: threads, 1 if those are 0."
+    )
     num_gpus: float = Field(default=0, ge=0, description="GPUs Ray reserves per worker.")
     accelerator_type: str = Field(default="", description="Ray accelerator type a worker must lie on, such as H100.")
     fake_slowdown: float = Field(default=1.0, gt=0, description="With fake: how many times slower these workers are.")
@@ -265,4 +267,4 @@ class ClusterConfig(_Section):
 
     def num_cpus(self, pool: _Pool) -> float:
         """CPUs that one worker of this pool reserves."""
-        return float(self.engine_options(pool)["threads"]) if pool.num_cpus is None else pool.num_cpus
+        return float(self.engine_options(pool)["threads"] or 1) if pool.num_cpus is None else pool.num_cpus
