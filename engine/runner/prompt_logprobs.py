@@ -15,7 +15,7 @@ from engine.sampling.sampler import finite_or_impossible
 from engine.scheduler.batch import PromptScore, ScheduledBatch, TokenLogprobs
 
 _HEAD_ROWS = 64  # logits that exist at once: 26 MB of float32 with ERNIE's vocabulary
-_SUM_ROWS = 16  # rows whose float64 temporaries exist at once
+_CPU_SUM_ROWS = 4  # rows summed at once on CPU: their temporaries stay in the cache (0.9 ms a row, 2.3 with 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ def score_prompts(
 
 def _score(hidden_ND: Tensor, targets: Tensor, num_top: int, model: Ernie45ForCausalLM) -> DeviceLogprobs:
     parts = []
+    at_once = _CPU_SUM_ROWS if hidden_ND.device.type == "cpu" else _HEAD_ROWS
     for first in range(0, len(targets), _HEAD_ROWS):
         rows = hidden_ND[first : first + _HEAD_ROWS]
         padded = model.options.padded_rows(len(rows))
@@ -56,8 +57,8 @@ def _score(hidden_ND: Tensor, targets: Tensor, num_top: int, model: Ernie45ForCa
             rows = torch.cat((rows, rows.new_zeros(padded - len(rows), rows.shape[1])))
         wanted = targets[first : first + _HEAD_ROWS]
         logits = finite_or_impossible(model.logits(rows)[: len(wanted)])
-        for part in range(0, len(wanted), _SUM_ROWS):
-            parts.append(token_logprobs(logits[part : part + _SUM_ROWS], wanted[part : part + _SUM_ROWS]))
+        for part in range(0, len(wanted), at_once):
+            parts.append(token_logprobs(logits[part : part + at_once], wanted[part : part + at_once]))
     chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return DeviceLogprobs(
         batch_index=tuple(range(len(targets))),

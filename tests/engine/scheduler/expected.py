@@ -8,6 +8,7 @@ import numpy as np
 
 import engine.messages as m
 from engine.fake_engine import FakeModel, spread
+from engine.scheduler.prefill import MAX_SCORED_PER_STEP
 
 BLOCK = 16
 MODEL = FakeModel(stop_probability=0.02)
@@ -39,7 +40,7 @@ class Expected:
     def take_scores(self, message: m.PromptLogprobs) -> None:
         """In order, each once, before any token, and from the KV that is its own."""
         assert self.wants_scores and not self.ended
-        assert message.first_position == len(self.scores) + 1 and 0 < len(message.logprobs) <= 256
+        assert message.first_position == len(self.scores) + 1 and 0 < len(message.logprobs) <= MAX_SCORED_PER_STEP
         self.scores += [entry.logprob for entry in message.logprobs]
         assert self.scores == MODEL.prompt_oracle(self.prompt)[: len(self.scores)]
 
