@@ -44,13 +44,23 @@ class Question:
 
 
 async def run_closed(
-    target: Target, questions: Sequence[Question], concurrency: int, timeout_s: float = TIMEOUT_S
+    target: Target,
+    questions: Sequence[Question],
+    concurrency: int,
+    *,
+    ramp_s: float = 0.0,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[Reply]:
-    """Ask all of them, `concurrency` at once, each on a connection that is kept. Replies in the order of questions."""
+    """Ask all of them, `concurrency` at once, each on a connection that is kept. Replies in the order of questions.
+
+    The connections begin spread over `ramp_s`. Equal requests that begin together stay together in waves, and a wave
+    uses the stages of a server one after another, which no real load does.
+    """
     replies: list[Reply] = [Reply(error="not asked") for _ in questions]
     waiting = iter(range(len(questions)))
 
-    async def work() -> None:
+    async def work(delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
         connection: StreamConnection | None = None
         for index in waiting:
             question = questions[index]
@@ -64,7 +74,8 @@ async def run_closed(
         if connection is not None:
             connection.close()
 
-    await asyncio.gather(*(work() for _ in range(min(concurrency, len(questions)))))
+    num_workers = min(concurrency, len(questions))
+    await asyncio.gather(*(work(ramp_s * index / num_workers) for index in range(num_workers)))
     return replies
 
 

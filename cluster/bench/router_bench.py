@@ -28,6 +28,7 @@ from cluster.bench.stream import Reply
 
 CHECK_EVERY = 8  # every n-th answer is kept and compared with the oracle
 WARMUP_REQUESTS = 64
+RAMP_S = 0.5  # over which the throughput scenario's streams begin; it counts as part of the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def bench_router(options: RouterBenchOptions) -> dict[str, Any]:
     with fake_cluster(fake, prefill=options.prefill, decode=options.decode, max_num_seqs=rows) as (cluster, folder):
         prompts = FakePrompts(folder, fake, options.seed)
         run_scenario(cluster, prompts, options, min(WARMUP_REQUESTS, options.requests), options.concurrency)
-        throughput = run_scenario(cluster, prompts, options, options.requests, options.concurrency)
+        throughput = run_scenario(cluster, prompts, options, options.requests, options.concurrency, RAMP_S)
         crowd = run_scenario(cluster, prompts, options, options.crowd, options.crowd)
         low = run_scenario(cluster, prompts, options, options.low_requests, 1)
         alone = measure_alone(
@@ -69,7 +70,12 @@ def bench_router(options: RouterBenchOptions) -> dict[str, Any]:
 
 
 def run_scenario(
-    cluster: OwnCluster, prompts: FakePrompts, options: RouterBenchOptions, num_requests: int, concurrency: int
+    cluster: OwnCluster,
+    prompts: FakePrompts,
+    options: RouterBenchOptions,
+    num_requests: int,
+    concurrency: int,
+    ramp_s: float = 0.0,
 ) -> dict[str, Any]:
     """One closed loop and its figures."""
     asked = [
@@ -81,7 +87,7 @@ def run_scenario(
     ]
     cpu_before, own_before = cluster.cpu_s(), _own_cpu_s()
     started = time.perf_counter()
-    replies = uvloop.run(run_closed(cluster.target, questions, concurrency))
+    replies = uvloop.run(run_closed(cluster.target, questions, concurrency, ramp_s=ramp_s))
     seconds = time.perf_counter() - started
     cpu = {kind: spent - cpu_before.get(kind, 0.0) for kind, spent in cluster.cpu_s().items()}
     cpu["generator"] = _own_cpu_s() - own_before
