@@ -45,6 +45,7 @@ class Breakers:
 
     def __init__(self) -> None:
         self._pairs: OrderedDict[tuple[str, str], _Pair] = OrderedDict()
+        self._sources_of: dict[str, set[str]] = {}  # decode worker -> sources that have failed it
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -58,12 +59,14 @@ class Breakers:
         self._pairs[decode, source] = _Pair(
             num_failures=counted, open_until=now + open_s, reason=reason, source_id=source_id
         )
+        self._sources_of.setdefault(decode, set()).add(source)
         if len(self._pairs) > MAX_PAIRS:
-            self._pairs.popitem(last=False)
+            self._remove(*next(iter(self._pairs)))
 
     def succeed(self, decode: str, source: str) -> None:
         """A first token came that this source had a part in."""
-        self._pairs.pop((decode, source), None)
+        if (decode, source) in self._pairs:
+            self._remove(decode, source)
 
     def state(self, now: float, decode: str, source: str) -> BreakerState:
         """Of one pair."""
@@ -76,13 +79,11 @@ class Breakers:
 
     def avoided(self, now: float, decode: str) -> frozenset[str]:
         """Worker ids of the sources that this decode worker is to avoid now."""
-        if not self._pairs:
+        sources = self._sources_of.get(decode)
+        if not sources:
             return frozenset()
-        return frozenset(
-            pair.source_id
-            for (worker, source), pair in self._pairs.items()
-            if worker == decode and self.state(now, worker, source) in ("open", "trying")
-        )
+        avoided = (source for source in sources if self.state(now, decode, source) in ("open", "trying"))
+        return frozenset(self._pairs[decode, source].source_id for source in avoided)
 
     def chosen(self, now: float, decode: str, source: str) -> None:
         """A request was sent with this source in front: the trial of a half-open pair."""
@@ -93,7 +94,13 @@ class Breakers:
     def forget(self, incarnation: str) -> None:
         """A worker is gone."""
         for pair in [pair for pair in self._pairs if incarnation in pair]:
-            del self._pairs[pair]
+            self._remove(*pair)
+
+    def _remove(self, decode: str, source: str) -> None:
+        del self._pairs[decode, source]
+        self._sources_of[decode].discard(source)
+        if not self._sources_of[decode]:
+            del self._sources_of[decode]
 
     def status(self) -> tuple[BreakerStatus, ...]:
         """For /status."""

@@ -17,7 +17,7 @@ from cluster.types import CACHE_KEY_BYTES, CacheNews
 from engine.kv.prefix_cache import root_key
 
 MAX_KEYS = 1 << 18  # some 40 MB; at 16 tokens a block 4 million tokens
-MAX_GUESSED_BLOCKS = 16  # a dispatch hashes at most so many blocks that nobody is known to hold
+MAX_GUESSED_BLOCKS = 8  # a dispatch hashes at most so many blocks that nobody is known to hold
 _TOKEN_BYTES = 4
 _TICK_BITS = 40
 _TICKS = (1 << _TICK_BITS) - 1

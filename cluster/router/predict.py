@@ -16,13 +16,11 @@ No GPU name is looked at. A worker that measured nothing is taken for NOMINAL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
 from cluster.router.views import RequestView, WorkerView
 from cluster.types import PeerRate
-from engine.scheduler.profile import Profile, interpolate
+from engine.scheduler.profile import Profile
 
 NOMINAL = Profile(prefill=((1, 5.0), (1000, 200.0)), decode=((1, 5.0), (32, 20.0)), kv_token_bytes=32768)
 NOMINAL_RATE = PeerRate(peer_id="", transport="grpc", gb_per_s=1.0, latency_ms=1.0)
@@ -56,26 +54,29 @@ class DecodeCosts:
     def __init__(self, request: RequestView, view: WorkerView) -> None:
         profile, scale = _profile(view), view.scales[1]
         rows, new = view.num_sequences, request.num_choices
-        most = max(1, view.info.max_num_seqs or rows + new)
+        most = view.info.max_num_seqs or rows + new
         running, with_us = min(rows, most), min(rows + new, most)
         context = view.context_tokens
         mine = new * (request.num_tokens + request.num_outputs / 2)
         self.running = running
         self.step_ms = scale * profile.decode_step_ms(running, context)
         self.tpot_ms = scale * profile.decode_step_ms(with_us, context + mine)
-        self.riding_ms = max(0.0, self.step_ms - scale * interpolate(profile.decode, 0)) if running else 0.0
-        # rows come free one by one: each after a whole answer, `most` of them at a time
+        # what rows add to a step that runs anyway; a table's first point is all but its fixed part
+        self.riding_ms = max(0.0, self.step_ms - scale * profile.decode[0][1]) if running else 0.0
         answer_ms = request.num_outputs * self.tpot_ms
-        self.wait_ms = max(0, rows + new - most) * answer_ms / most
-        if view.num_free_blocks is not None and running:
+        self.wait_ms = 0.0
+        if rows + new > most:  # rows come free one by one: each after a whole answer, `most` of them at a time
+            self.wait_ms = (rows + new - most) * answer_ms / most
+        if running and view.num_free_blocks is not None:
             # a full pool: answers end one by one, each giving back about what this request wants
             wanted = request.num_tokens - view.cached_tokens + new * request.num_outputs
-            missing = wanted / max(1, view.info.block_size) - view.num_free_blocks
-            self.wait_ms = max(self.wait_ms, answer_ms / running) if missing > 0 else self.wait_ms
+            if wanted > view.num_free_blocks * (view.info.block_size or 1):
+                self.wait_ms = max(self.wait_ms, answer_ms / running)
         # in a full batch it takes the row of one that ends, and the others go no faster for that one's end
         others = max(0, with_us - new)
         without_ms = self.step_ms if others == running else scale * profile.decode_step_ms(others, context)
         self.slows_ms = others * request.num_outputs * max(0.0, self.tpot_ms - without_ms)
+        self.least_ms = self.wait_ms + answer_ms + self.slows_ms  # of any placement here, before the first token
 
 
 class SourceCosts:
@@ -94,12 +95,15 @@ class SourceCosts:
         at_once = profile.max_step_tokens
         self._last = wanted if computed <= at_once else computed % at_once or at_once
         self._rates = view.rates
+        self._typical = _typical(view.rates)
         self._token_bytes = profile.kv_token_bytes
 
     def transfer_ms(self, decode: WorkerView) -> float:
         """What of the KV is still to be moved when the source has computed: its last step's, or more on a slow link."""
-        rate = self._rates.get(decode.info.worker_id) or _typical(self._rates)
-        moved = max(0, self._wanted - decode.cached_tokens)
+        rate = self._rates.get(decode.info.worker_id) or self._typical
+        moved = self._wanted - decode.cached_tokens
+        if moved <= 0:
+            return rate.latency_ms
         ms_per_token = self._token_bytes / (rate.gb_per_s * 1e6)
         if self._last >= moved:
             return rate.latency_ms + moved * ms_per_token
@@ -192,7 +196,6 @@ def _profile(view: WorkerView) -> Profile:
     return view.info.profile if view.info.profile.known else NOMINAL
 
 
-def _typical(rates: Mapping[str, PeerRate]) -> PeerRate:
-    """For a peer that was never served: the middle one of those that were."""
-    known = sorted(rates.values(), key=lambda rate: rate.gb_per_s)
-    return known[len(known) // 2] if known else NOMINAL_RATE
+def _typical(rates: dict[str, PeerRate]) -> PeerRate:
+    """For a peer that was never served: the one that was served last stands for all."""
+    return next(reversed(rates.values()), NOMINAL_RATE) if rates else NOMINAL_RATE

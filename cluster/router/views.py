@@ -25,7 +25,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     num_free_blocks: int | None = None  # None: not told yet
     scales: Scales = (1.0, 1.0)  # prefill, decode: real milliseconds over its profile's
     avoid: frozenset[str] = frozenset()  # as decode worker: sources that failed it lately
-    rates: Mapping[str, PeerRate] = {}  # as source: by receiver
+    rates: dict[str, PeerRate] = {}  # as source: by receiver
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

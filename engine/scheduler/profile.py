@@ -82,12 +82,13 @@ def interpolate(table: Table, x: float) -> float:
     if x <= x0:
         return y0
     slope = 0.0
-    for x1, y1 in table[1:]:
-        slope = (y1 - y0) / (x1 - x0)
-        if x <= x1:
-            return y0 + slope * (x - x0)
-        x0, y0 = x1, y1
-    return y0 + max(slope, 0.0) * (x - x0)
+    for x1, y1 in table:
+        if x1 > x0:
+            slope = (y1 - y0) / (x1 - x0)
+            if x <= x1:
+                return y0 + slope * (x - x0)
+            x0, y0 = x1, y1
+    return y0 + slope * (x - x0) if slope > 0.0 else y0
 
 
 def tokens_within(table: Table, ms: float, at_most: int) -> int:

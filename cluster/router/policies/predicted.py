@@ -14,6 +14,7 @@ from cluster.router.predict import DecodeCosts, Prediction, Predictor, SourceCos
 from cluster.router.views import RequestView, WorkerView
 
 MAX_SOURCES_COMPARED = 4  # the soonest ones; a farther one with a much better link is not worth looking for
+MAX_DECODERS_COMPARED = 4
 MAX_CONSIDERED = 8
 
 
@@ -32,8 +33,7 @@ class Predicted:
         timed.sort(key=lambda scored: scored[:2])
         sources = [costs for _, _, costs in timed]
         scored: list[tuple[float, float, Prediction, WorkerView]] = []
-        for view in decode:
-            costs = DecodeCosts(request, view)
+        for view, costs in _nearest([(view, DecodeCosts(request, view)) for view in decode], rng):
             usable = [source for source in sources if source.worker_id not in view.avoid] if view.avoid else sources
             options = [predictor.alone(view, costs)] if request.may_be_alone or not usable else []
             if usable:
@@ -54,6 +54,15 @@ class Predicted:
             why="the least predicted cost: its own time to the end, and what it costs others",
             considered=tuple(option for _, _, option, _ in scored[:MAX_CONSIDERED]),
         )
+
+
+def _nearest(decode: list[tuple[WorkerView, DecodeCosts]], rng: Random) -> list[tuple[WorkerView, DecodeCosts]]:
+    """The decode workers that are worth a closer look: those that cost least, and the one that holds most."""
+    if len(decode) <= MAX_DECODERS_COMPARED:
+        return decode
+    most = max(decode, key=lambda pair: pair[0].cached_tokens)
+    near = sorted(decode, key=lambda pair: (pair[1].least_ms, rng.random()))[:MAX_DECODERS_COMPARED]
+    return near if most in near or not most[0].cached_tokens else [*near, most]
 
 
 def _soonest(decode: WorkerView, sources: Sequence[SourceCosts]) -> SourceCosts:

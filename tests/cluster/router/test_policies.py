@@ -121,6 +121,14 @@ def test_predicted_leaves_a_fast_worker_that_is_too_busy() -> None:
     assert place("predicted", decode, [worker("p1")]).decode == "d2"
 
 
+def test_of_many_equal_decode_workers_each_is_chosen_and_the_one_that_holds_the_prompt_is_seen() -> None:
+    decode = [worker(f"d{i}") for i in range(12)]
+    chosen = {place("predicted", decode, [worker("p1")], seed).decode for seed in range(120)}
+    assert len(chosen) == 12
+    decode[7] = worker("d7", cached_tokens=992, num_sequences=1)
+    assert place("predicted", decode, [worker("p1")]).decode == "d7"
+
+
 def test_a_short_prompt_is_computed_where_it_is_decoded() -> None:
     prefill = [worker("p1", backlog_ms=5.0, rates=rate("d1"))]
     short = place("predicted", [worker("d1")], prefill, asked=request(20))

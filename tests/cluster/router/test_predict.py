@@ -64,8 +64,8 @@ def test_a_slow_link_counts_what_does_not_overlap() -> None:
     assert slow.transfer_ms == pytest.approx(1.0 + 8192.0 - slow.compute_ms)
 
 
-def test_an_unknown_peer_is_taken_for_a_typical_one() -> None:
-    source = worker("p1", rates={**rate("a", 1.0), **rate("b", 4.0), **rate("c", 9.0)})
+def test_an_unknown_peer_is_taken_for_the_one_that_was_served_last() -> None:
+    source = worker("p1", rates={**rate("a", 1.0), **rate("c", 9.0), **rate("b", 4.0)})
     assert remote(request(1001), worker("d1"), source).transfer_ms == pytest.approx(1.0 + 0.25)
 
 
