@@ -141,12 +141,12 @@ def _add_tokens(app: FastAPI, service: RouterService) -> None:
     @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest), response_class=Response)
     async def tokenize(request: Request) -> Response:
         """A prompt, or a conversation, as token ids."""
-        return _json(await tokens_api.tokenize(request, service))
+        return Response(await tokens_api.tokenize(request, service), media_type="application/json")
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), response_class=Response)
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        return _json(await tokens_api.detokenize(request, service))
+        return Response(await tokens_api.detokenize(request, service), media_type="application/json")
 
 
 def _add_health(app: FastAPI, service: RouterService) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
@@ -18,7 +19,6 @@ from cluster.router.openai.sampling import check_token_ids
 from cluster.router.service import RouterService
 from engine.text.tokenizer import Tokenizer
 
-Json = dict[str, Any]
 _Model = TypeVar("_Model", bound=BaseModel)
 _OF_CHAT = ("messages", "add_generation_prompt", "chat_template_kwargs", "model")
 
@@ -46,28 +46,39 @@ class DetokenizeRequest(BaseModel):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
-async def tokenize(http: Request, service: RouterService) -> Json:
-    """count, max_model_len, tokens, token_strs (null unless asked for). Raises NeapError."""
+async def tokenize(http: Request, service: RouterService) -> bytes:
+    """JSON: count, max_model_len, tokens, token_strs (null unless asked for). Raises NeapError."""
     text, max_model_len = _ready(service)
     request = await _read(http, service, TokenizeRequest, "tokenize")
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("invalid_value", "Give either prompt or messages.", param="prompt")
-    token_ids = await service.off_loop(partial(_encode, text, request))
-    strings = [text.token_bytes.piece(one).decode("utf-8", "replace") for one in token_ids]
-    return {
-        "count": len(token_ids),
-        "max_model_len": max_model_len,
-        "tokens": token_ids,
-        "token_strs": strings if request.return_token_strs else None,
-    }
+    return await service.off_loop(partial(_tokenized, text, request, max_model_len))
 
 
-async def detokenize(http: Request, service: RouterService) -> Json:
-    """The text of some ids, special tokens included. Raises NeapError."""
+def _tokenized(text: Tokenizer, request: TokenizeRequest, max_model_len: int) -> bytes:
+    """Runs in a text thread: a body may hold millions of tokens."""
+    token_ids = _encode(text, request)
+    pieces = [text.token_bytes.piece(one) for one in token_ids] if request.return_token_strs else None
+    return orjson.dumps(
+        {
+            "count": len(token_ids),
+            "max_model_len": max_model_len,
+            "tokens": token_ids,
+            "token_strs": None if pieces is None else [piece.decode("utf-8", "replace") for piece in pieces],
+        }
+    )
+
+
+async def detokenize(http: Request, service: RouterService) -> bytes:
+    """JSON: the text of some ids, special tokens included. Raises NeapError."""
     text, _ = _ready(service)
     request = await _read(http, service, DetokenizeRequest, "detokenize")
-    check_token_ids(request.tokens, service.limits().vocab_size, "tokens")
-    return {"prompt": await service.off_loop(partial(text.decode, request.tokens, skip_special_tokens=False))}
+    return await service.off_loop(partial(_detokenized, text, request, service.limits().vocab_size))
+
+
+def _detokenized(text: Tokenizer, request: DetokenizeRequest, vocab_size: int) -> bytes:
+    check_token_ids(request.tokens, vocab_size, "tokens")
+    return orjson.dumps({"prompt": text.decode(request.tokens, skip_special_tokens=False)})
 
 
 def _ready(service: RouterService) -> tuple[Tokenizer, int]:
@@ -93,7 +104,7 @@ def _parse(body: bytes, model: type[_Model], endpoint: str) -> _Model:
 
 
 def _encode(text: Tokenizer, request: TokenizeRequest) -> list[int]:
-    """Runs in a text thread. Raises RequestError."""
+    """Raises RequestError."""
     try:
         if request.prompt is not None:
             added = True if request.add_special_tokens is None else request.add_special_tokens
