@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.errors import RequestError
 from cluster.router.openai.chat import ChatRequest
 from cluster.router.openai.completions import CompletionRequest
-from engine.request import SEED_BITS, SamplingParams
+from engine.request import MAX_ALLOWED_TOKEN_IDS, SEED_BITS, SamplingParams
 
 _MAX_TOKEN_ID = (1 << 31) - 1
 
@@ -128,6 +128,8 @@ def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
 def _check_ids(ids: list[int], vocab_size: int, name: str) -> None:
     """Raises RequestError unless every id is a token of the vocabulary (0: not known yet, then int32 is the bound)."""
     limit = vocab_size or _MAX_TOKEN_ID
+    if len(ids) > MAX_ALLOWED_TOKEN_IDS:  # before they are looked at, on the event loop
+        raise RequestError("invalid_value", f"{name}: at most {MAX_ALLOWED_TOKEN_IDS} ids.", param=name)
     if any(not 0 <= token < limit for token in ids):
         raise RequestError("invalid_value", f"{name}: token ids must be in [0, {limit}).", param=name)
 

@@ -37,7 +37,7 @@ def chat(**fields: Any) -> SamplingParams:
         ("stop", ["x"] * 10_000), ("stop", "x" * 300), ("stop", ""), ("stop_token_ids", [VOCAB]),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 65), ("logit_bias", {"5": 101}),
         ("logit_bias", {"x": 1}), ("logit_bias", {"-5": 1}), ("logit_bias", {str(VOCAB): 1}),
-        ("allowed_token_ids", [VOCAB]), ("allowed_token_ids", [-1]), ("bad_words", [""]), ("bad_words", ["x"] * 65),
+        ("allowed_token_ids", [VOCAB]), ("allowed_token_ids", [1] * 40_000), ("allowed_token_ids", [-1]), ("bad_words", [""]), ("bad_words", ["x"] * 65),
         ("bad_words_token_ids", [VOCAB]), ("bad_words_token_ids", [1] * 129), ("prompt_logprobs", -1),
         ("prompt_logprobs", 21), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
     ],
