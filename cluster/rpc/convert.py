@@ -211,11 +211,12 @@ def router_message_to_pb(message: RouterMessage) -> w.RouterMessage:
     return w.RouterMessage(release=w.Release(request_id=message.request_id, attempt=message.attempt))
 
 
-def router_batch_to_pb(messages: Sequence[RouterMessage]) -> w.RouterMessage:
-    """One message for one or several."""
-    if len(messages) == 1:
-        return router_message_to_pb(messages[0])
-    return w.RouterMessage(batch=w.RouterBatch(messages=[router_message_to_pb(message) for message in messages]))
+def router_batch_to_pb(messages: Sequence[RouterMessage], taken: int = 0) -> w.RouterMessage:
+    """One message for one or several, and for the number of batches taken."""
+    parts = [router_message_to_pb(message) for message in messages]
+    if taken:
+        parts.append(w.RouterMessage(taken=taken))
+    return parts[0] if len(parts) == 1 else w.RouterMessage(batch=w.RouterBatch(messages=parts))
 
 
 def router_messages_in(pb: w.RouterMessage) -> Sequence[w.RouterMessage]:

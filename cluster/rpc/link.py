@@ -17,7 +17,7 @@ from grpc import aio
 
 from cluster.rpc.channel import open_channel
 from cluster.rpc.convert import WireError, router_batch_to_pb, worker_message_from_pb
-from cluster.rpc.outbox import RouterOutbox
+from cluster.rpc.outbox import TAKEN_EVERY, RouterOutbox
 from cluster.rpc.pb import worker_pb2 as pb
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
 from cluster.rpc.race import StreamEndedError, race
@@ -51,6 +51,7 @@ class LinkClient:
         self._wake = asyncio.Event()
         self._broken = asyncio.Event()
         self._reason = ""
+        self._num_taken = 0  # batches of entries, that the worker has not been told of
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -101,6 +102,7 @@ class LinkClient:
             async with asyncio.timeout(WELCOME_S):
                 info = await self._greet(call)
             was_up = True
+            self._num_taken = 0
             self._outbox = RouterOutbox()
             self._on_welcome(info)
             await race(self._read(call), self._write(call, self._outbox), self._wait_for_drop())
@@ -130,6 +132,9 @@ class LinkClient:
             news = worker_message_from_pb(message)
             if isinstance(news, tuple):
                 self._on_entries(self.info.worker_id, news)
+                self._num_taken += 1
+                if self._num_taken >= TAKEN_EVERY:
+                    self._wake.set()
             elif isinstance(news, Heartbeat):
                 self._on_heartbeat(news)
             else:
@@ -140,8 +145,12 @@ class LinkClient:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while messages := outbox.take_some():
-                await call.write(router_batch_to_pb(messages))
+            while True:
+                messages, taken = outbox.take_some(), self._num_taken
+                if not messages and not taken:
+                    break
+                self._num_taken = 0
+                await call.write(router_batch_to_pb(messages, taken))
 
     async def _wait_for_drop(self) -> None:
         await self._broken.wait()

@@ -1,8 +1,8 @@
 """The worker's end of the links: Hello, Welcome, messages down, and per router one bounded outbox of entries up.
 
 The engine never waits for a link: entries are put, and at most one message per link leaves for each `flush` (one per
-engine step). A router that reads too little has its entries melted together; over the bound its link is broken, which
-drops its requests. The router's end is rpc/link.py.
+engine step). A router that has MAX_UNTAKEN of them before it gets no more until it says that it has taken some: entries
+melt together meanwhile; over the bound its link is broken, which drops its requests. The router's end is rpc/link.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.rpc.convert import (
     router_message_from_pb,
     router_messages_in,
 )
-from cluster.rpc.outbox import WorkerOutbox
+from cluster.rpc.outbox import MAX_UNTAKEN, WorkerOutbox
 from cluster.rpc.pb import worker_pb2 as pb
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
 from cluster.rpc.race import StreamEndedError, race
@@ -57,6 +57,7 @@ class _Link:
         self.link_id = link_id
         self.outbox = WorkerOutbox(max_tokens)
         self.heartbeat: Heartbeat | None = None
+        self.num_untaken = 0  # batches written that the router has not said to have taken
         self.wake = asyncio.Event()
         self.broken = asyncio.Event()
         self.reason = ""
@@ -76,8 +77,8 @@ class _Link:
             if self.heartbeat is not None:
                 heartbeat, self.heartbeat = self.heartbeat, None
                 await context.write(heartbeat_to_pb(heartbeat))
-            entries = self.outbox.take()
-            if entries:
+            if self.num_untaken < MAX_UNTAKEN and (entries := self.outbox.take()):
+                self.num_untaken += 1
                 await context.write(batch_to_pb(entries))
 
 
@@ -165,6 +166,10 @@ class LinkServicer(pb_grpc.WorkerServicer):
 
     def _take(self, link: _Link, message: pb.RouterMessage) -> None:
         """Hand one message on. A dispatch that makes no sense fails alone; else raises WireError."""
+        if message.taken:
+            link.num_untaken = max(0, link.num_untaken - message.taken)
+            link.wake.set()
+            return
         try:
             request = router_message_from_pb(message)
         except WireError as error:

@@ -15,7 +15,11 @@ from cluster.types import AbortRequest, CacheNews, Dispatch, Entry, News, Prompt
 
 MAX_DISPATCH_BYTES = 64 << 20
 MAX_MESSAGES = 8192
-MAX_BATCH = 64
+# batches of entries that a router may have before it: gRPC alone would keep a second's worth of tokens, one message per
+# step, for a router that lags, where melted together they are taken in a moment
+MAX_UNTAKEN = 4
+TAKEN_EVERY = 2  # the router says so after this many
+MAX_BATCH = 256
 MAX_BATCH_BYTES = 256 << 10
 _KEYS_PER_TOKEN = 256  # bytes of cache news that weigh as much as one token
 _MESSAGE_BYTES = 256  # what a message weighs beside its tokens

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.pb import messages_pb2 as cluster_dot_rpc_dot_pb_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63luster/rpc/pb/worker.proto\x12\x07neap.v1\x1a\x1d\x63luster/rpc/pb/messages.proto\"\xcc\x01\n\rRouterMessage\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x0e.neap.v1.HelloH\x00\x12%\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x11.neap.v1.DispatchH\x00\x12\x1f\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x0e.neap.v1.AbortH\x00\x12#\n\x07release\x18\x04 \x01(\x0b\x32\x10.neap.v1.ReleaseH\x00\x12%\n\x05\x62\x61tch\x18\x05 \x01(\x0b\x32\x14.neap.v1.RouterBatchH\x00\x42\x06\n\x04kind\"7\n\x0bRouterBatch\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.neap.v1.RouterMessage\"\x1a\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"6\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0f\n\x07outputs\x18\x03 \x01(\x0c\"\xb0\x02\n\x08\x44ispatch\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06prompt\x18\x05 \x01(\x0c\x12 \n\x07\x63hoices\x18\x06 \x03(\x0b\x32\x0f.neap.v1.Choice\x12#\n\x08sampling\x18\x07 \x01(\x0b\x32\x11.neap.v1.Sampling\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x14\n\x0cremaining_ms\x18\t \x01(\x04\x12 \n\x07sources\x18\n \x03(\x0b\x32\x0f.neap.v1.Source\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x03(\t\x12\x14\n\x0cmedia_hashes\x18\x0c \x03(\x0c\",\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\".\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x89\x01\n\rWorkerMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.neap.v1.WorkerInfoH\x00\x12\'\n\theartbeat\x18\x02 \x01(\x0b\x32\x12.neap.v1.HeartbeatH\x00\x12\x1f\n\x05\x62\x61tch\x18\x03 \x01(\x0b\x32\x0e.neap.v1.BatchH\x00\x42\x06\n\x04kind\"\x96\x01\n\tHeartbeat\x12!\n\x04info\x18\x01 \x01(\x0b\x32\x13.neap.v1.WorkerInfo\x12\x1b\n\x04load\x18\x02 \x01(\x0b\x32\r.neap.v1.Load\x12\x12\n\nstep_count\x18\x03 \x01(\x04\x12\x13\n\x0bstep_age_ms\x18\x04 \x01(\x04\x12 \n\x05peers\x18\x05 \x03(\x0b\x32\x11.neap.v1.PeerRate\"T\n\x08PeerRate\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08gb_per_s\x18\x03 \x01(\x01\x12\x12\n\nlatency_ms\x18\x04 \x01(\x01\"(\n\x05\x42\x61tch\x12\x1f\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x0e.neap.v1.Entry\"\x9e\x02\n\x05\x45ntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12!\n\x06tokens\x18\x03 \x01(\x0b\x32\x0f.neap.v1.TokensH\x00\x12\x1d\n\x04news\x18\x04 \x01(\x0b\x32\r.neap.v1.NewsH\x00\x12!\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x0f.neap.v1.FailedH\x00\x12.\n\rsource_failed\x18\x06 \x01(\x0b\x32\x15.neap.v1.SourceFailedH\x00\x12#\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x12.neap.v1.CacheNewsH\x00\x12.\n\rprompt_scores\x18\x08 \x01(\x0b\x32\x15.neap.v1.PromptScoresH\x00\x42\x06\n\x04kind\"P\n\x0cPromptScores\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12(\n\x08logprobs\x18\x02 \x03(\x0b\x32\x16.neap.v1.TokenLogprobs\"\xcf\x01\n\x06Tokens\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.neap.v1.TokenLogprobs\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x17\n\nstop_token\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\r\x12\x0c\n\x04path\x18\x08 \x01(\tB\r\n\x0b_stop_token\"@\n\x04News\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\r\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"M\n\x0cSourceFailed\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\";\n\tCacheNews\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07\x65victed\x18\x03 \x01(\x0c\x32\x44\n\x06Worker\x12:\n\x04Link\x12\x16.neap.v1.RouterMessage\x1a\x16.neap.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63luster/rpc/pb/worker.proto\x12\x07neap.v1\x1a\x1d\x63luster/rpc/pb/messages.proto\"\xdd\x01\n\rRouterMessage\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x0e.neap.v1.HelloH\x00\x12%\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x11.neap.v1.DispatchH\x00\x12\x1f\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x0e.neap.v1.AbortH\x00\x12#\n\x07release\x18\x04 \x01(\x0b\x32\x10.neap.v1.ReleaseH\x00\x12%\n\x05\x62\x61tch\x18\x05 \x01(\x0b\x32\x14.neap.v1.RouterBatchH\x00\x12\x0f\n\x05taken\x18\x06 \x01(\rH\x00\x42\x06\n\x04kind\"7\n\x0bRouterBatch\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.neap.v1.RouterMessage\"\x1a\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"6\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0f\n\x07outputs\x18\x03 \x01(\x0c\"\xb0\x02\n\x08\x44ispatch\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0e\n\x06prompt\x18\x05 \x01(\x0c\x12 \n\x07\x63hoices\x18\x06 \x03(\x0b\x32\x0f.neap.v1.Choice\x12#\n\x08sampling\x18\x07 \x01(\x0b\x32\x11.neap.v1.Sampling\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x14\n\x0cremaining_ms\x18\t \x01(\x04\x12 \n\x07sources\x18\n \x03(\x0b\x32\x0f.neap.v1.Source\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x03(\t\x12\x14\n\x0cmedia_hashes\x18\x0c \x03(\x0c\",\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\".\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x89\x01\n\rWorkerMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.neap.v1.WorkerInfoH\x00\x12\'\n\theartbeat\x18\x02 \x01(\x0b\x32\x12.neap.v1.HeartbeatH\x00\x12\x1f\n\x05\x62\x61tch\x18\x03 \x01(\x0b\x32\x0e.neap.v1.BatchH\x00\x42\x06\n\x04kind\"\x96\x01\n\tHeartbeat\x12!\n\x04info\x18\x01 \x01(\x0b\x32\x13.neap.v1.WorkerInfo\x12\x1b\n\x04load\x18\x02 \x01(\x0b\x32\r.neap.v1.Load\x12\x12\n\nstep_count\x18\x03 \x01(\x04\x12\x13\n\x0bstep_age_ms\x18\x04 \x01(\x04\x12 \n\x05peers\x18\x05 \x03(\x0b\x32\x11.neap.v1.PeerRate\"T\n\x08PeerRate\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08gb_per_s\x18\x03 \x01(\x01\x12\x12\n\nlatency_ms\x18\x04 \x01(\x01\"(\n\x05\x42\x61tch\x12\x1f\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x0e.neap.v1.Entry\"\x9e\x02\n\x05\x45ntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12!\n\x06tokens\x18\x03 \x01(\x0b\x32\x0f.neap.v1.TokensH\x00\x12\x1d\n\x04news\x18\x04 \x01(\x0b\x32\r.neap.v1.NewsH\x00\x12!\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x0f.neap.v1.FailedH\x00\x12.\n\rsource_failed\x18\x06 \x01(\x0b\x32\x15.neap.v1.SourceFailedH\x00\x12#\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x12.neap.v1.CacheNewsH\x00\x12.\n\rprompt_scores\x18\x08 \x01(\x0b\x32\x15.neap.v1.PromptScoresH\x00\x42\x06\n\x04kind\"P\n\x0cPromptScores\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12(\n\x08logprobs\x18\x02 \x03(\x0b\x32\x16.neap.v1.TokenLogprobs\"\xcf\x01\n\x06Tokens\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.neap.v1.TokenLogprobs\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x17\n\nstop_token\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\r\x12\x0c\n\x04path\x18\x08 \x01(\tB\r\n\x0b_stop_token\"@\n\x04News\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\r\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"M\n\x0cSourceFailed\x12\x11\n\tsource_id\x18\x01 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\";\n\tCacheNews\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07\x65victed\x18\x03 \x01(\x0c\x32\x44\n\x06Worker\x12:\n\x04Link\x12\x16.neap.v1.RouterMessage\x1a\x16.neap.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,41 +33,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.rpc.pb.worker_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTERMESSAGE']._serialized_start=72
-  _globals['_ROUTERMESSAGE']._serialized_end=276
-  _globals['_ROUTERBATCH']._serialized_start=278
-  _globals['_ROUTERBATCH']._serialized_end=333
-  _globals['_HELLO']._serialized_start=335
-  _globals['_HELLO']._serialized_end=361
-  _globals['_CHOICE']._serialized_start=363
-  _globals['_CHOICE']._serialized_end=417
-  _globals['_DISPATCH']._serialized_start=420
-  _globals['_DISPATCH']._serialized_end=724
-  _globals['_ABORT']._serialized_start=726
-  _globals['_ABORT']._serialized_end=770
-  _globals['_RELEASE']._serialized_start=772
-  _globals['_RELEASE']._serialized_end=818
-  _globals['_WORKERMESSAGE']._serialized_start=821
-  _globals['_WORKERMESSAGE']._serialized_end=958
-  _globals['_HEARTBEAT']._serialized_start=961
-  _globals['_HEARTBEAT']._serialized_end=1111
-  _globals['_PEERRATE']._serialized_start=1113
-  _globals['_PEERRATE']._serialized_end=1197
-  _globals['_BATCH']._serialized_start=1199
-  _globals['_BATCH']._serialized_end=1239
-  _globals['_ENTRY']._serialized_start=1242
-  _globals['_ENTRY']._serialized_end=1528
-  _globals['_PROMPTSCORES']._serialized_start=1530
-  _globals['_PROMPTSCORES']._serialized_end=1610
-  _globals['_TOKENS']._serialized_start=1613
-  _globals['_TOKENS']._serialized_end=1820
-  _globals['_NEWS']._serialized_start=1822
-  _globals['_NEWS']._serialized_end=1886
-  _globals['_FAILED']._serialized_start=1888
-  _globals['_FAILED']._serialized_end=1927
-  _globals['_SOURCEFAILED']._serialized_start=1929
-  _globals['_SOURCEFAILED']._serialized_end=2006
-  _globals['_CACHENEWS']._serialized_start=2008
-  _globals['_CACHENEWS']._serialized_end=2067
-  _globals['_WORKER']._serialized_start=2069
-  _globals['_WORKER']._serialized_end=2137
+  _globals['_ROUTERMESSAGE']._serialized_end=293
+  _globals['_ROUTERBATCH']._serialized_start=295
+  _globals['_ROUTERBATCH']._serialized_end=350
+  _globals['_HELLO']._serialized_start=352
+  _globals['_HELLO']._serialized_end=378
+  _globals['_CHOICE']._serialized_start=380
+  _globals['_CHOICE']._serialized_end=434
+  _globals['_DISPATCH']._serialized_start=437
+  _globals['_DISPATCH']._serialized_end=741
+  _globals['_ABORT']._serialized_start=743
+  _globals['_ABORT']._serialized_end=787
+  _globals['_RELEASE']._serialized_start=789
+  _globals['_RELEASE']._serialized_end=835
+  _globals['_WORKERMESSAGE']._serialized_start=838
+  _globals['_WORKERMESSAGE']._serialized_end=975
+  _globals['_HEARTBEAT']._serialized_start=978
+  _globals['_HEARTBEAT']._serialized_end=1128
+  _globals['_PEERRATE']._serialized_start=1130
+  _globals['_PEERRATE']._serialized_end=1214
+  _globals['_BATCH']._serialized_start=1216
+  _globals['_BATCH']._serialized_end=1256
+  _globals['_ENTRY']._serialized_start=1259
+  _globals['_ENTRY']._serialized_end=1545
+  _globals['_PROMPTSCORES']._serialized_start=1547
+  _globals['_PROMPTSCORES']._serialized_end=1627
+  _globals['_TOKENS']._serialized_start=1630
+  _globals['_TOKENS']._serialized_end=1837
+  _globals['_NEWS']._serialized_start=1839
+  _globals['_NEWS']._serialized_end=1903
+  _globals['_FAILED']._serialized_start=1905
+  _globals['_FAILED']._serialized_end=1944
+  _globals['_SOURCEFAILED']._serialized_start=1946
+  _globals['_SOURCEFAILED']._serialized_end=2023
+  _globals['_CACHENEWS']._serialized_start=2025
+  _globals['_CACHENEWS']._serialized_end=2084
+  _globals['_WORKER']._serialized_start=2086
+  _globals['_WORKER']._serialized_end=2154
 # @@protoc_insertion_point(module_scope)
