@@ -150,7 +150,8 @@ class Call:
         if not self._last_token_at:
             metrics.ttft.observe(now - self._started)
         if choice in self._last_token_at:
-            metrics.itl.observe((now - self._last_token_at[choice]) / len(tokens.token_ids))
+            num_tokens = len(tokens.token_ids)  # several where the link lags
+            metrics.itl.observe((now - self._last_token_at[choice]) / num_tokens, num_tokens)
         self._last_token_at[choice] = now
         metrics.generation_tokens.inc(len(tokens.token_ids))
 
