@@ -10,7 +10,10 @@
 
 #include <unistd.h>
 
-#if defined(__AVX512BF16__) && VL == 16
+/* BF16_DOT: products of bfloat16 pairs by one instruction. EMULATE_BF16_DOT does the same without it (tests). */
+#if defined(EMULATE_BF16_DOT)
+#define BF16_DOT 1
+#elif defined(__AVX512BF16__) && VL == 16
 #define BF16_DOT 1
 #else
 #define BF16_DOT 0
@@ -116,6 +119,19 @@ INLINE void tile_f32(int rows, const float *x, const float *w, long blocks, floa
     }
 }
 
+#if BF16_DOT
+/* sums + pair of x . pair of weights, lane by lane; x holds two bfloat16. */
+INLINE vf dot_pairs(vf sums, float x, vu weights) {
+#if defined(EMULATE_BF16_DOT)
+    vu pair = (vu)splat(x);
+    sums = fma_v((vf)(pair & 0xffff0000u), (vf)(weights & 0xffff0000u), sums);
+    return fma_v((vf)(pair << 16), (vf)(weights << 16), sums);
+#else
+    return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_ps(x), (__m512bh)weights);
+#endif
+}
+#endif
+
 /* The same with bfloat16 weights: two features per 32-bit lane, widened in registers; or dotted with pairs of x. */
 INLINE void tile_bf16(int rows, const float *x, const uint16_t *w, long blocks, float *sums) {
     vf left[MAX_ROWS], right[MAX_ROWS];
@@ -129,9 +145,8 @@ INLINE void tile_bf16(int rows, const float *x, const uint16_t *w, long blocks, 
 #if BF16_DOT
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
-                __m512bh value = (__m512bh)_mm512_set1_ps(x[r * KB / 2 + k / 2]);
-                left[r] = (vf)_mm512_dpbf16_ps((__m512)left[r], value, (__m512bh)pair0);
-                right[r] = (vf)_mm512_dpbf16_ps((__m512)right[r], value, (__m512bh)pair1);
+                left[r] = dot_pairs(left[r], x[r * KB / 2 + k / 2], pair0);
+                right[r] = dot_pairs(right[r], x[r * KB / 2 + k / 2], pair1);
             }
 #else
             vf w0 = (vf)(pair0 << 16), w1 = (vf)(pair1 << 16);

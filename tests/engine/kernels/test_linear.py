@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.cpu.build import build_library
 from engine.kernels.cpu.library import CpuKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -90,3 +93,18 @@ def test_nan_and_infinity_stay_in_their_row(kernels: CpuKernels) -> None:
     assert y[3].isnan().all() and not y[11].isfinite().any()
     others = [row for row in range(20) if row not in (3, 11)]
     assert torch.equal(y[others], clean[others])
+
+
+def test_dot_products_of_pairs_read_rows_and_weights_alike() -> None:
+    # The instruction is not on every machine; what surrounds it is compiled here with the same sums in plain C.
+    cache = Path.home() / ".cache" / "neap"
+    kernels = CpuKernels(build_library(cache, extra_flags=("-DEMULATE_BF16_DOT",)), threads=2)
+    assert kernels.isa.endswith("+bf16dot")
+    weight = weight_of(131, 250, torch.bfloat16)
+    packed = kernels.pack(weight)
+    x = torch.randn(60, 250).bfloat16()
+    whole = kernels.linear(x, packed, out_dtype=torch.float32)
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(whole.double(), expected, rtol=0, atol=4 * error_bound(torch.bfloat16, 250))
+    for first, end in ((0, 1), (3, 16), (5, 60)):
+        assert torch.equal(kernels.linear(x[first:end], packed, out_dtype=torch.float32), whole[first:end])
