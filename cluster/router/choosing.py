@@ -49,8 +49,7 @@ class Chooser:
 
     def choose(self, now: float, request: Tracked, decoders: list[Worker]) -> Decision:
         """Decide for the request's next attempt, and count it. `decoders` have room and are not empty."""
-        # prompt logprobs need every position's logits: the decode worker computes the whole prompt itself
-        is_scored = request.submit.params.prompt_logprobs is not None
+        is_scored = request.is_scored
         sources = [] if is_scored else self._fleet.sources(decoders[0].info)
         hint = self._hint(request, decoders[0]) if self._policy.wants_cache and not is_scored else None
         decode = [
@@ -100,7 +99,7 @@ class Chooser:
         first = next((one for one in prefill if allowed and one.info.worker_id == allowed[0]), None)
         if placement.alone:
             self._counters["decode_only_chosen"] += 1
-        elif first is None:
+        elif first is None and not request.is_scored:
             self._counters["sources_avoided" if prefill else "no_prefill_worker"] += 1
         involved = [chosen] if first is None else [chosen, first]
         decision = Decision(
@@ -113,6 +112,7 @@ class Chooser:
             placement=placement,
             sources=allowed,
             avoided=chosen.avoid,
+            is_scored=request.is_scored,
             predicted=self._predicted(view, placement, chosen, first),
             cached=tuple((one.info.worker_id, one.cached_tokens) for one in involved),
         )

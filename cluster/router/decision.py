@@ -25,6 +25,7 @@ class Decision:
     sources: tuple[str, ...]  # as sent
     avoided: frozenset[str]  # by the breakers
     predicted: Prediction
+    is_scored: bool  # prompt logprobs were asked for
     cached: tuple[tuple[str, int], ...]  # (worker id, tokens) that the KV index hinted at, of those chosen
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -56,6 +57,8 @@ def words(decision: Decision) -> list[str]:
         lines.append("No source was named: the decode worker alone is predicted to cost less (conditional prefill).")
     elif not decision.sources:
         reason = "every source failed this decode worker lately" if decision.avoided else "there is none"
+        if decision.is_scored:
+            reason = "prompt logprobs are computed where they are told"
         lines.append(f"No source was named: {reason}.")
     if decision.avoided and decision.sources:
         lines.append(f"Avoided, because they failed {placement.decode} lately: {', '.join(sorted(decision.avoided))}.")

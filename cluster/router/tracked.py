@@ -81,6 +81,11 @@ class Tracked:
         return all(choice.finished for choice in self.choices.values())
 
     @property
+    def is_scored(self) -> bool:
+        """Prompt logprobs need every position's logits: the decode worker computes the whole prompt itself."""
+        return self.submit.params.prompt_logprobs is not None
+
+    @property
     def num_unfinished(self) -> int:
         """Choices that are not done."""
         return sum(not choice.finished for choice in self.choices.values())

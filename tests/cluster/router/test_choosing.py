@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,12 @@ class Router:
             self.fleet.up(replace(worker(worker_id).info, identity="model", kv_fingerprint="layout"))
         self.num = 0
 
-    def place(self, now: float = 1.0, prompt: bytes = PROMPT) -> Tracked:
+    def place(self, now: float = 1.0, prompt: bytes = PROMPT, **params: Any) -> Tracked:
         self.num += 1
         submit = Submit(
             request_id=f"r{self.num}",
             prompt=prompt,
-            params=SamplingParams(max_tokens=50),
+            params=SamplingParams(max_tokens=50, **params),
             seeds=(0,),
             deadline=now + 100,
         )
@@ -145,6 +146,13 @@ def test_when_every_source_failed_the_decode_worker_does_it_and_it_is_counted() 
     request = router.place(1.1)
     assert decision(request).sources == () and router.counters["sources_avoided"] == 1
     assert "every source failed" in " ".join(words(decision(request)))
+
+
+def test_prompt_logprobs_are_no_choice() -> None:
+    router = Router()
+    request = router.place(prompt_logprobs=1)
+    assert decision(request).sources == () and not router.counters
+    assert "prompt logprobs are computed where they are told" in " ".join(words(decision(request)))
 
 
 def test_alone_by_choice_and_by_need_are_counted_apart() -> None:
