@@ -44,7 +44,7 @@ from engine.request import SamplingParams
 
 FAST = FakeSpec()
 SLOW = FakeSpec(ms_per_token=1.0)  # a prompt of 1,500 tokens takes 1.5 s, in chunks of 0.1 s
-ENGINE = EngineConfig(model="fake", max_step_ms=100.0)
+ENGINE = EngineConfig(model="fake", max_step_ms=100.0, max_num_served=32)  # as many as a test sends at once
 BOTH: list[Transport] = ["local", "grpc"]
 
 
