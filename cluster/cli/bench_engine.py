@@ -38,7 +38,9 @@ def engine(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any engine option: max_step_ms=2000. Repeatable.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file, after every measure.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Measure prefill, decode and a mixed load of one engine: tokens/s, start time, peak memory.
 
@@ -46,6 +48,12 @@ def engine(
     the mixed load of transformers (one static batch, minutes) only where --only names it.
     """
     console = Console(stderr=True)
+
+    def save(figures: list[EngineFigures]) -> None:
+        if json is not None:
+            found = as_json(figures, _about(model, specs[0], repetitions))
+            json.write_text(json_module.dumps(found, indent=2) + "\n", encoding="utf-8")
+
     try:
         measures = _measures(only)
         specs = _specs(model, vs, dtype, threads or len(os.sched_getaffinity(0)), kv_cache, _options(set_ or []))
@@ -57,13 +65,12 @@ def engine(
             repetitions=repetitions,
             environment=environment,
             tell=lambda line: console.print(line, style="dim", highlight=False),
+            save=save,
         )
     except (ValueError, BenchError, OSError) as error:
         typer.echo(f"neap: {error}", err=True)
         raise typer.Exit(1) from error
-    if json is not None:
-        found = as_json(figures, _about(model, specs[0], repetitions))
-        json.write_text(json_module.dumps(found, indent=2) + "\n", encoding="utf-8")
+    save(figures)
     _show(figures, model, specs[0])
 
 

@@ -28,7 +28,7 @@ class BenchError(RuntimeError):
 class EngineFigures(msgspec.Struct, kw_only=True):
     """What one engine did. Rates in tokens/s by measure, one per run; times in seconds.
 
-    `start_s`: from starting the process to a loaded and warm engine. `peak_rss_mib`: at the end of everything.
+    `start_s`: from starting the process to a loaded and warm engine. `peak_rss_mib`: so far.
     """
 
     engine: str
@@ -121,10 +121,12 @@ def run_session(
     repetitions: int,
     environment: Mapping[str, str],
     tell: Callable[[str], None],
+    save: Callable[[list[EngineFigures]], None],
 ) -> list[EngineFigures]:
     """Measure every spec's engine. `measures`: by engine, in the order of workload.MEASURES. Raises BenchError.
 
-    Engines start one after another and stay: each measure's runs alternate between them.
+    Engines start one after another and stay: each measure's runs alternate between them. `save` gets the figures so far
+    after every measure, so that a run that is cut short has not been for nothing.
     """
     with ExitStack() as stack:
         children: list[Child] = []
@@ -143,8 +145,9 @@ def run_session(
         for measure in dict.fromkeys(name for names in measures.values() for name in names):
             both = [pair for pair in zip(children, figures, strict=True) if measure in measures[pair[0].engine]]
             _take_turns(both, measure, repetitions, tell)
-        for child, figure in zip(children, figures, strict=True):
-            figure.peak_rss_mib = peak_rss_mib(child.pid)
+            for child, figure in zip(children, figures, strict=True):
+                figure.peak_rss_mib = peak_rss_mib(child.pid)
+            save(figures)
         return figures
 
 

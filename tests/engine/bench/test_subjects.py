@@ -96,13 +96,16 @@ def test_a_request_that_does_not_fit_is_told(checkpoint: Path) -> None:
 
 def test_a_session_measures_in_a_process_of_its_own(checkpoint: Path) -> None:
     told: list[str] = []
+    saved: list[float] = []
     (figures,) = run_session(
         [spec(checkpoint)],
         {"neap": ["prefill_512"]},
         repetitions=2,
         environment=os.environ,
         tell=told.append,
+        save=lambda so_far: saved.append(so_far[0].median("prefill_512")),
     )
+    assert saved == [figures.median("prefill_512")]
     assert len(figures.runs["prefill_512"]) == 2 and figures.start_s > 0 and figures.peak_rss_mib > 50
     assert told[0] == "neap: starting" and "run 2/2" in told[-1]
 
@@ -116,7 +119,14 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_is_told(checkpoint: Path) -> None:
     with pytest.raises(BenchError, match=r"neap: its process ended with 1"):
-        run_session([spec(checkpoint)], {"neap": []}, repetitions=1, environment={"PYTHONHOME": "/nowhere"}, tell=print)
+        run_session(
+            [spec(checkpoint)],
+            {"neap": []},
+            repetitions=1,
+            environment={"PYTHONHOME": "/nowhere"},
+            tell=print,
+            save=print,
+        )
 
 
 def test_a_child_does_not_outlive_its_parent(checkpoint: Path) -> None:
