@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.bench.routing import RoutingOptions, bench_routing, run_prefixes, run_unequal
+from cluster.bench.routing_processes import ProcessOptions, _cluster
 from cluster.cli.bench_routing import _PREFIXES, _UNEQUAL
+from cluster.config import ClusterConfig
 
 OPTIONS = RoutingOptions(requests=150, rate=60.0, output_tokens=16, conversations=30, turns=4)
 
@@ -52,3 +55,16 @@ def test_the_tables_show_what_was_measured() -> None:
     assert set(_UNEQUAL) <= set(figures["unequal"]["predicted"])
     assert set(_PREFIXES) <= set(figures["prefixes"]["predicted"])
     assert set(figures["ratios"]) == {"goodput_over_round_robin", "goodput_over_least_loaded"}
+
+
+def test_the_real_pools_are_slowed_by_their_cluster_file(tmp_path: Path) -> None:
+    config = ClusterConfig.model_validate(_cluster(ProcessOptions(slowdown=3.0), "predicted", tmp_path))
+    specs = config.worker_specs(model_path=str(tmp_path), registry="r:1", log_dir="")
+    speeds = {spec.worker_id: (spec.fake.fixed_ms, spec.fake.ms_per_token) for spec in specs if spec.fake}
+    slow, fast = (60.0, pytest.approx(0.6)), (20.0, 0.2)
+    assert speeds == {
+        **{f"fast-{role}-0": fast for role in ("prefill", "decode")},
+        **{f"slow-{role}-0": slow for role in ("prefill", "decode")},
+    }
+    (router, *_) = config.router_specs(model_path=str(tmp_path), registry="r:1")
+    assert router.policy == "predicted"
