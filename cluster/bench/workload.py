@@ -44,8 +44,8 @@ def _draw(key: str, num_tokens: int) -> list[int]:
 class LoadOptions:
     """The load. `rate` is requests per second; 0 takes a trace's own. Lengths are means (synthetic) or factors."""
 
-    num_requests: int = 200
-    rate: float = 4.0
+    num_requests: int = 100
+    rate: float = 2.0
     prompt_tokens: int = 256
     output_tokens: int = 64
     spread: float = 0.5  # of the log-normal lengths; 0: all alike
