@@ -142,7 +142,12 @@ def start_all(folder: Path, fake: FakeSpec, registry: str, workers: tuple[str, .
         for name in workers:
             made.start_worker(name)
         spec = RouterSpec(
-            router_id=f"r{port}", model_path=str(folder), served_model_name=MODEL, registry=registry, port=port
+            router_id=f"r{port}",
+            model_path=str(folder),
+            served_model_name=MODEL,
+            registry=registry,
+            port=port,
+            policy="least-loaded",  # names a source always: these tests are about the way over both workers
         )
         made.start("router", "cluster.router", spec)
         eventually(lambda: made.health()["prefill_ready"] * made.health()["decode_ready"] > 0, "never ready")
