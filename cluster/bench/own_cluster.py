@@ -17,6 +17,7 @@ import yaml
 from cluster.bench.load import Target
 from cluster.bench.words import VOCAB_SIZE, write_checkpoint
 from cluster.spec import FakeSpec
+from cluster.worker.lifeline import die_with_parent
 
 MODEL = "fake"
 
@@ -56,7 +57,13 @@ def _kind(command: Sequence[str]) -> str:
 def own_cluster(arguments: Sequence[str]) -> Iterator[OwnCluster]:
     """`neap serve` on a free port while the context lasts. Raises RuntimeError when it does not start."""
     command = [sys.executable, "-m", "neap", "serve", "--backend", "process", "--port", "0", *arguments]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,  # noqa: PLW1509 (no other thread yet; a bench that is killed leaves no cluster)
+    ) as process:
         assert process.stdout is not None, "stdout is a pipe"
         try:
             url = None

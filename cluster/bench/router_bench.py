@@ -42,7 +42,7 @@ class RouterBenchOptions:
     crowd: int = 1000
     low_requests: int = 50
     endpoint: str = "chat"
-    step_ms: float = 2.0
+    step_ms: float = 0.0
     token_ms: float = 0.0
     prefill: int = 0
     decode: int = 1

@@ -40,7 +40,7 @@ def router(
     crowd: Annotated[int, typer.Option(help="Streams at once, crowd scenario.", min=1)] = 1000,
     low_requests: Annotated[int, typer.Option(help="Of the low-load scenario, one at a time.", min=1)] = 50,
     endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
-    step_ms: Annotated[float, typer.Option(help="What a step of the fake takes.", min=0)] = 2.0,
+    step_ms: Annotated[float, typer.Option(help="What a step of the fake takes, beside computing it.", min=0)] = 0.0,
     token_ms: Annotated[float, typer.Option(help="What each token of a step adds.", min=0)] = 0.0,
     prefill: Annotated[int, typer.Option(help="Prefill workers; 0: decode workers compute prompts.", min=0)] = 0,
     decode: Annotated[int, typer.Option(help="Decode workers.", min=1)] = 1,
