@@ -31,7 +31,7 @@ class EngineConfig:
     threads: int = 0
     max_model_len: int = 0
     max_num_seqs: int = 32
-    max_num_served: int = 16
+    max_num_served: int = 64
     max_batched_tokens: int = 2048
     max_step_ms: float = 500.0
     block_size: int = 0
