@@ -14,20 +14,6 @@ from cluster.cli.flags import flag_parameters
 from cluster.config import ClusterConfig
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[ClusterConfig]:
-    """The configurations that `neap serve` would have served."""
-    configs: list[ClusterConfig] = []
-
-    def serve(config: ClusterConfig) -> int:
-        configs.append(config)
-        return 0
-
-    monkeypatch.setattr("cluster.cli.serve.serve", serve)
-    monkeypatch.delenv("NEAP_API_KEY", raising=False)
-    return configs
-
-
 def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
     return result.exit_code, result.output

@@ -51,19 +51,6 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[ClusterConfig]:
-    configs: list[ClusterConfig] = []
-
-    def serve(config: ClusterConfig) -> int:
-        configs.append(config)
-        return 0
-
-    monkeypatch.setattr("cluster.cli.serve.serve", serve)
-    monkeypatch.delenv("NEAP_API_KEY", raising=False)
-    return configs
-
-
 def run(command: str) -> tuple[int, str]:
     result = CliRunner().invoke(
         cli.app, ["serve", *shlex.split(command)], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

@@ -23,7 +23,7 @@ from cluster.worker import prefill
 from cluster.worker.effects import Effect, EndCall, SendFetch, ToEngine
 from cluster.worker.prefill import PrefillMachine
 from engine.kv.layout import KVLayout
-from engine.messages import EndServe, Serve, ServeBusy, ServeDone, ServedPiece, ServeProgress, Serving, StepEvents
+from engine.messages import EndServe, Load, Serve, ServeBusy, ServeDone, ServedPiece, ServeProgress, Serving, StepEvents
 
 LAYOUT = KVLayout(num_blocks=64, num_layers=1, num_kv_heads=1, block_size=16, head_dim=8, dtype="uint8")
 MEMORY = LocalMemory(path="/proc/1/fd/3", nonce=b"nonce", num_blocks=64)
@@ -62,7 +62,7 @@ def machine(memory: LocalMemory | None = MEMORY, **options: Any) -> PrefillMachi
 
 
 def events(*replies: Any, num_tokens: int = 0) -> StepEvents:
-    return StepEvents(step=1, num_tokens=num_tokens, replies=replies)
+    return StepEvents(step=1, num_tokens=num_tokens, replies=replies, load=Load(num_served=1))
 
 
 def replies(effects: list[Effect], kind: type) -> list[Any]:
@@ -146,6 +146,19 @@ def test_the_acceptance_says_what_is_cached_and_how_long_it_waits() -> None:
     queued = replace_serving(cached_tokens=32, queued_tokens=500)
     (accepted,) = replies(m.on_events(0.2, events(queued)), FetchAccepted)
     assert (accepted.cached_tokens, accepted.end_tokens, accepted.queue_ms) == (32, 104, 500)
+
+
+def test_time_without_work_does_not_count_as_a_step() -> None:
+    m = machine()
+    m.on_fetch(0.0, OPEN)
+    m.on_events(0.1, events(num_tokens=100))
+    m.on_events(0.2, events(num_tokens=100))  # 1 ms per token
+    m.on_events(0.3, StepEvents(step=3, num_tokens=100, load=Load()))  # the last work there was
+    m.on_events(60.0, events(num_tokens=1))
+    (accepted,) = replies(
+        m.on_events(60.0, events(replace_serving(cached_tokens=32, queued_tokens=500))), FetchAccepted
+    )
+    assert accepted.queue_ms == 500
 
 
 def replace_serving(*, cached_tokens: int, queued_tokens: int) -> Serving:
