@@ -95,6 +95,7 @@ class Dispatch:
     sources: tuple[SourceRef, ...] = ()
     cache_salt: bytes = b""
     priority: int = 0
+    moved: bool = False  # given away by another worker: not to be moved again before its first token here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,18 @@ class Failed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moved:
+    """The worker gives the request away: no more tokens of this attempt come, at whatever position it stands.
+
+    KV of its first `held_tokens` tokens stays pinned there until Release, the deadline, or the link's end.
+    """
+
+    request_id: str
+    attempt: int
+    held_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceFailed:
     """A source failed this attempt's decode worker, which goes on without it."""
 
@@ -192,7 +205,7 @@ class PromptScores:
     logprobs: tuple[TokenLogprobs, ...]
 
 
-Entry = Tokens | PromptScores | News | Failed | SourceFailed | CacheNews
+Entry = Tokens | PromptScores | News | Failed | Moved | SourceFailed | CacheNews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +278,9 @@ class FetchBusy:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchMoved:
-    to: SourceRef
+    """Not here any more; without `to` the receiver asks its next source."""
+
+    to: SourceRef | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,3 +331,32 @@ class FetchTaken:
 
     call_id: str
     piece_index: int
+
+
+# ---- Switch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchRequest:
+    """Change the role; with `role` None give everything away and stay draining. Refused unless both fences match."""
+
+    incarnation: str
+    expected_epoch: int
+    role: Role | None
+    timeout_ms: int = 10_000
+
+
+SwitchOutcome = Literal["switched", "drained", "rolled_back", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchReply:
+    """How a switch ended. Durations in milliseconds from the decision to the publication; `canary_ms` is part of it."""
+
+    outcome: SwitchOutcome
+    info: WorkerInfo
+    reason: str = ""
+    moved: int = 0
+    finished_in_place: int = 0
+    duration_ms: float = 0.0
+    canary_ms: float = 0.0

@@ -14,6 +14,8 @@ Life cycle of a request that pulls its prompt's KV (owner of the target blocks: 
 A request without a pull is one `Add`. Further choices of the same prompt are `Add`s after the first one's PullClosed:
 they hit the prefix cache.
 
+A request that is to go on elsewhere: Pause -> Paused -> (a peer's Serve reads its blocks) -> Abort.
+
 Life cycle of a served call (this worker is the source):
 
     Serve -> Serving | ServeBusy ; ServedPiece* ; ServeDone (all offered, still pinned) ; EndServe -> (unpinned)
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import msgspec
 
+from engine.config import Role
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.batch import TokenLogprobs
 from engine.scheduler.profile import Profile
@@ -83,6 +86,21 @@ class Abort(_Message, frozen=True):
     request_id: str
 
 
+class Pause(_Message, frozen=True):
+    """Compute no more of a request, but keep its blocks pinned until Abort. Answered by Paused, unless it ends first.
+
+    Steps in flight land first: every token of the request is in an event before Paused, or in the same one.
+    """
+
+    request_id: str
+
+
+class SetRole(_Message, frozen=True):
+    """Spend the next steps as a worker of this role does. Answered by RoleSet."""
+
+    role: Role
+
+
 class Serve(_Message, frozen=True):
     """Compute and pin the KV of tokens[:end] for a peer, offering from `start` on; compute at most max_compute_tokens.
 
@@ -107,7 +125,18 @@ class Shutdown(_Message, frozen=True):
     """Leave the engine loop after the current step."""
 
 
-Command = Add | Probe | Reserve | Commit | PullClosed | Abort | Serve | EndServe | Shutdown
+Command = Add | Probe | Reserve | Commit | PullClosed | Abort | Pause | SetRole | Serve | EndServe | Shutdown
+
+
+class Paused(_Message, frozen=True):
+    """A request computes no more; KV of its first num_held_tokens (whole blocks) stays in pinned blocks of the prefix cache."""
+
+    request_id: str
+    num_held_tokens: int
+
+
+class RoleSet(_Message, frozen=True):
+    role: Role
 
 
 class Probed(_Message, frozen=True):
@@ -234,7 +263,17 @@ class StepEvents(_Message, frozen=True):
     step: int
     num_tokens: int
     replies: tuple[
-        Probed | Reserved | NoSpace | PromptLogprobs | Serving | ServeBusy | ServeProgress | ServedPiece | ServeDone,
+        Probed
+        | Reserved
+        | NoSpace
+        | Paused
+        | RoleSet
+        | PromptLogprobs
+        | Serving
+        | ServeBusy
+        | ServeProgress
+        | ServedPiece
+        | ServeDone,
         ...,
     ] = ()
     tokens: tuple[NewTokens, ...] = ()

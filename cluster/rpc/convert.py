@@ -24,6 +24,7 @@ from cluster.types import (
     Entry,
     Failed,
     Heartbeat,
+    Moved,
     News,
     Path,
     PromptScores,
@@ -176,6 +177,7 @@ def dispatch_to_pb(dispatch: Dispatch) -> w.Dispatch:
         sampling=params_to_pb(dispatch.params),
         cache_salt=dispatch.cache_salt,
         priority=dispatch.priority,
+        moved=dispatch.moved,
         remaining_ms=dispatch.remaining_ms,
         sources=[source_to_pb(source) for source in dispatch.sources],
     )
@@ -200,6 +202,7 @@ def dispatch_from_pb(pb: w.Dispatch) -> Dispatch:
         sources=tuple(source_from_pb(source) for source in pb.sources),
         cache_salt=pb.cache_salt,
         priority=pb.priority,
+        moved=pb.moved,
     )
 
 
@@ -287,6 +290,8 @@ def entry_to_pb(entry: Entry) -> w.Entry:
         pb.source_failed.source_id = entry.source_id
         pb.source_failed.source_incarnation = entry.source_incarnation
         pb.source_failed.reason = entry.reason
+    elif isinstance(entry, Moved):
+        pb.moved.CopyFrom(w.Moved(held_tokens=entry.held_tokens))
     elif isinstance(entry, CacheNews):
         pb.cache.CopyFrom(w.CacheNews(reset=entry.reset, stored=entry.stored, evicted=entry.evicted))
     else:
@@ -319,6 +324,8 @@ def entry_from_pb(pb: w.Entry) -> Entry:
         )
     if kind == "source_failed":
         return _source_failed_from_pb(pb)
+    if kind == "moved":
+        return Moved(request_id=pb.request_id, attempt=pb.attempt, held_tokens=pb.moved.held_tokens)
     if kind == "cache":
         if len(pb.cache.stored) % CACHE_KEY_BYTES or len(pb.cache.evicted) % CACHE_KEY_BYTES:
             raise WireError("cache news with half a key")

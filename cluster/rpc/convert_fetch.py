@@ -120,7 +120,7 @@ def fetch_reply_to_pb(reply: FetchReply) -> k.FetchReply:
     if isinstance(reply, FetchBusy):
         return k.FetchReply(busy=k.FetchBusy(retry_ms=reply.retry_ms))
     if isinstance(reply, FetchMoved):
-        return k.FetchReply(moved=k.FetchMoved(to=source_to_pb(reply.to)))
+        return k.FetchReply(moved=k.FetchMoved(to=source_to_pb(reply.to) if reply.to else None))
     if isinstance(reply, FetchRefused):
         return k.FetchReply(refused=k.FetchRefused(code=reply.code, message=reply.message))
     return k.FetchReply(offered_all=k.FetchOfferedAll())
@@ -137,7 +137,7 @@ def fetch_reply_from_pb(pb: k.FetchReply) -> FetchReply:
     if kind == "busy":
         return FetchBusy(retry_ms=pb.busy.retry_ms)
     if kind == "moved":
-        return FetchMoved(to=source_from_pb(pb.moved.to))
+        return FetchMoved(to=source_from_pb(pb.moved.to) if pb.moved.HasField("to") else None)
     if kind == "refused":
         return FetchRefused(code=pb.refused.code, message=pb.refused.message)
     if kind == "offered_all":

@@ -226,7 +226,7 @@ class Puller:
         if isinstance(reply, FetchRefused):
             this_prompt = reply.code in ("capacity", "deadline", "range", "tokens")
             return self._drop_source(now, request, "prompts_refused" if this_prompt else "sources_refused")
-        if request.num_hops < MAX_HOPS:
+        if reply.to is not None and request.num_hops < MAX_HOPS:
             request.num_hops += 1
             request.sources.appendleft(reply.to)
         return self._drop_source(now, request, "sources_moved")

@@ -7,6 +7,36 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class SwitchRequest(_message.Message):
+    __slots__ = ("incarnation", "expected_epoch", "role", "timeout_ms")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    expected_epoch: int
+    role: _messages_pb2.Role
+    timeout_ms: int
+    def __init__(self, incarnation: _Optional[str] = ..., expected_epoch: _Optional[int] = ..., role: _Optional[_Union[_messages_pb2.Role, str]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class SwitchReply(_message.Message):
+    __slots__ = ("outcome", "reason", "info", "moved", "finished_in_place", "duration_ms", "canary_ms")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_MS_FIELD_NUMBER: _ClassVar[int]
+    outcome: str
+    reason: str
+    info: _messages_pb2.WorkerInfo
+    moved: int
+    finished_in_place: int
+    duration_ms: float
+    canary_ms: float
+    def __init__(self, outcome: _Optional[str] = ..., reason: _Optional[str] = ..., info: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., moved: _Optional[int] = ..., finished_in_place: _Optional[int] = ..., duration_ms: _Optional[float] = ..., canary_ms: _Optional[float] = ...) -> None: ...
+
 class RouterMessage(_message.Message):
     __slots__ = ("hello", "dispatch", "abort", "release", "batch", "taken")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -46,7 +76,7 @@ class Choice(_message.Message):
     def __init__(self, index: _Optional[int] = ..., seed: _Optional[int] = ..., outputs: _Optional[bytes] = ...) -> None: ...
 
 class Dispatch(_message.Message):
-    __slots__ = ("request_id", "attempt", "incarnation", "epoch", "prompt", "choices", "sampling", "cache_salt", "remaining_ms", "sources", "priority", "adapters", "media_hashes")
+    __slots__ = ("request_id", "attempt", "incarnation", "epoch", "prompt", "choices", "sampling", "cache_salt", "remaining_ms", "sources", "priority", "moved", "adapters", "media_hashes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +88,7 @@ class Dispatch(_message.Message):
     REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MEDIA_HASHES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
@@ -71,9 +102,10 @@ class Dispatch(_message.Message):
     remaining_ms: int
     sources: _containers.RepeatedCompositeFieldContainer[_messages_pb2.Source]
     priority: int
+    moved: bool
     adapters: _containers.RepeatedScalarFieldContainer[str]
     media_hashes: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., prompt: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., sampling: _Optional[_Union[_messages_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., remaining_ms: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[_messages_pb2.Source, _Mapping]]] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., media_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[str] = ..., epoch: _Optional[int] = ..., prompt: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., sampling: _Optional[_Union[_messages_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[bytes] = ..., remaining_ms: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[_messages_pb2.Source, _Mapping]]] = ..., priority: _Optional[int] = ..., moved: _Optional[bool] = ..., adapters: _Optional[_Iterable[str]] = ..., media_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -134,7 +166,7 @@ class Batch(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("request_id", "attempt", "tokens", "news", "failed", "source_failed", "cache", "prompt_scores")
+    __slots__ = ("request_id", "attempt", "tokens", "news", "failed", "source_failed", "cache", "prompt_scores", "moved")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +175,7 @@ class Entry(_message.Message):
     SOURCE_FAILED_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     tokens: Tokens
@@ -151,7 +184,8 @@ class Entry(_message.Message):
     source_failed: SourceFailed
     cache: CacheNews
     prompt_scores: PromptScores
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., source_failed: _Optional[_Union[SourceFailed, _Mapping]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ..., prompt_scores: _Optional[_Union[PromptScores, _Mapping]] = ...) -> None: ...
+    moved: Moved
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., source_failed: _Optional[_Union[SourceFailed, _Mapping]] = ..., cache: _Optional[_Union[CacheNews, _Mapping]] = ..., prompt_scores: _Optional[_Union[PromptScores, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
 
 class PromptScores(_message.Message):
     __slots__ = ("first_position", "logprobs")
@@ -198,6 +232,12 @@ class Failed(_message.Message):
     code: str
     message: str
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("held_tokens",)
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    held_tokens: int
+    def __init__(self, held_tokens: _Optional[int] = ...) -> None: ...
 
 class SourceFailed(_message.Message):
     __slots__ = ("source_id", "source_incarnation", "reason")

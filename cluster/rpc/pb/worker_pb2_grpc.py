@@ -39,6 +39,11 @@ class WorkerStub:
                 request_serializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.RouterMessage.SerializeToString,
                 response_deserializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.WorkerMessage.FromString,
                 _registered_method=True)
+        self.Switch = channel.unary_unary(
+                '/neap.v1.Worker/Switch',
+                request_serializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.SwitchRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.SwitchReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -51,6 +56,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Switch(self, request, context):
+        """Change the role, or (role unspecified) give everything away and stay draining. The worker runs it to its end whatever
+        becomes of the caller; the reply comes when it is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +71,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Link,
                     request_deserializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.RouterMessage.FromString,
                     response_serializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.WorkerMessage.SerializeToString,
+            ),
+            'Switch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Switch,
+                    request_deserializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.SwitchRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_pb_dot_worker__pb2.SwitchReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +105,33 @@ class Worker:
             '/neap.v1.Worker/Link',
             cluster_dot_rpc_dot_pb_dot_worker__pb2.RouterMessage.SerializeToString,
             cluster_dot_rpc_dot_pb_dot_worker__pb2.WorkerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Switch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/neap.v1.Worker/Switch',
+            cluster_dot_rpc_dot_pb_dot_worker__pb2.SwitchRequest.SerializeToString,
+            cluster_dot_rpc_dot_pb_dot_worker__pb2.SwitchReply.FromString,
             options,
             channel_credentials,
             insecure,
