@@ -73,7 +73,7 @@ ERRORS: dict[str, ErrorKind] = {
     "no_worker": ErrorKind(status=503, type="server_error", retry=True, message="No worker can serve this now."),
     "shutting_down": ErrorKind(status=503, type="server_error", retry=True, message="The service is shutting down."),
     "decode_worker_lost": ErrorKind(
-        status=502, type="server_error", retry=True, message="The worker that generated this answer was lost."
+        status=500, type="server_error", retry=False, message="Two workers were lost while they ran this request."
     ),
     "kv_transfer_failed": ErrorKind(
         status=502, type="server_error", retry=True, message="The prompt's KV could not be transferred."

@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import NeapError, RequestError, UnavailableError
 from cluster.router import generate, tokens_api
-from cluster.router.dispatch import DispatchStatus
 from cluster.router.docs_page import PAGE, body_of, openapi
 from cluster.router.guard import REQUEST_ID, Guard
 from cluster.router.openai.chat import ChatRequest
 from cluster.router.openai.completions import CompletionRequest
 from cluster.router.openai.errors import error_response
 from cluster.router.service import RouterService
+from cluster.router.snapshot import DispatchStatus
 from cluster.router.status import model_json, readiness_json, status_json, version, why_json
 from cluster.router.status_load import load_json, server_info_json
 from cluster.router.tokens_api import DetokenizeRequest, TokenizeRequest

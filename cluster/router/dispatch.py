@@ -4,8 +4,8 @@ Life cycle of a request at the router:
 1. `on_submit`: it joins the queue (bounded) and is placed as soon as a decode worker has room, in order of arrival;
    those that were placed before go first.
 2. choosing.py names the decode worker and a ranked list of sources. Each placement is a new attempt.
-3. "refused" and "busy" from the worker, or its loss before any token: placed again, elsewhere if possible, after a
-   jittered backoff. Accepted tokens are kept per choice, so that a request can be taken up at its position.
+3. "refused" and "busy" from the worker, its loss, or `Moved`: placed again, elsewhere if possible, after a jittered
+   backoff (none after `Moved`), at the position up to which tokens were accepted; see recovery.py.
 4. Tokens are accepted only from the current attempt at exactly the next position: a duplicate is dropped, a gap ends
    the request ("internal_error"), never a hole in the text.
 5. The end, once: every choice finished, an error, or the deadline ("deadline_exceeded", with an Abort down). After
@@ -18,18 +18,16 @@ has. `next_timer` is an absolute monotonic second.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
 from cluster.errors import BUSY, ERRORS, REFUSED
-from cluster.router.accuracy import Errors
-from cluster.router.breakers import BreakerStatus
 from cluster.router.choosing import Chooser
-from cluster.router.decision import Decision
 from cluster.router.effects import Deliver, DeliverScores, DropLink, Ended, Progress, RouterEffect, Submit, ToWorker
 from cluster.router.fleet import Fleet, Worker
 from cluster.router.policies import Policy
+from cluster.router.recovery import Recovery
+from cluster.router.snapshot import DispatchStatus, worker_status
 from cluster.router.tracked import HistoryItem, Tracked, track
 from cluster.router.waiting_line import WaitingLine
 from cluster.timers import Timers
@@ -40,51 +38,23 @@ from cluster.types import (
     Entry,
     Failed,
     Heartbeat,
+    Moved,
     News,
-    PeerRate,
     PromptScores,
+    Release,
     SourceFailed,
+    SourceRef,
     Tokens,
     WorkerInfo,
 )
 from cluster.worker.decode import decode_capacity
-from engine.messages import Load
 
 NO_WORKER_S = 10.0
-MAX_LOSSES = 3
 RETRY_S = 0.02  # doubled with each retry
 MAX_RETRY_S = 1.0
 MAX_EXPLAINED = 256
 
-_TimerKind = Literal["deadline", "retry", "no_worker", "silence"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerStatus:
-    """One worker for /status."""
-
-    info: WorkerInfo
-    load: Load
-    up: bool
-    hung: bool
-    num_sequences: int
-    queued_tokens: int
-    step_count: int
-    step_age_ms: int
-    peers: tuple[PeerRate, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DispatchStatus:
-    """A snapshot for /status."""
-
-    workers: tuple[WorkerStatus, ...]
-    num_waiting: int
-    num_running: int
-    counters: dict[str, int]
-    errors: Errors
-    decisions: tuple[Decision, ...]  # newest first
-    breakers: tuple[BreakerStatus, ...]
+_TimerKind = Literal["deadline", "retry", "no_worker", "silence", "verdict"]
 
 
 class Dispatcher:
@@ -93,6 +63,7 @@ class Dispatcher:
     def __init__(self, policy: Policy, rng: Random, *, max_waiting: int = 1024, may_be_alone: bool = True) -> None:
         self.counters: Counter[str] = Counter()
         self.fleet = Fleet()
+        self.recovery = Recovery(self.fleet)
         self.chooser = Chooser(policy, self.fleet, rng, self.counters, may_be_alone=may_be_alone)
         self._rng = rng
         self._max_waiting = max_waiting
@@ -129,8 +100,7 @@ class Dispatcher:
             return []
         self.counters["cancelled"] += 1
         request.note(now, "cancelled")
-        effects = self._abort(request)
-        self._forget(now, request)
+        effects = [*self._abort(request), *self._forget(now, request)]
         return effects + self._place_waiting(now)
 
     # ---- from the links
@@ -138,17 +108,19 @@ class Dispatcher:
     def on_worker_up(self, now: float, info: WorkerInfo) -> list[RouterEffect]:
         """The link said Welcome."""
         self._timers.note(now)
-        effects = self._lose(now, info.worker_id)
+        old = self.fleet.workers.get(info.worker_id)
+        effects = self._lose(now, info.worker_id, crashed=old is not None and old.info.incarnation != info.incarnation)
         if (before := self.fleet.workers.get(info.worker_id)) and before.info.incarnation != info.incarnation:
             self.chooser.worker_replaced(before.info.incarnation)
-        self.fleet.up(info)
+        if not self.fleet.up(info).hung:
+            self.recovery.came_back(info)
         self._timers.watch((info.worker_id, "silence"), now, SILENCE_S)
         return effects + self._place_waiting(now)
 
     def on_worker_down(self, now: float, worker_id: str) -> list[RouterEffect]:
         """The link broke."""
         self._timers.note(now)
-        return self._lose(now, worker_id) + self._place_waiting(now)
+        return self._lose(now, worker_id, crashed=True) + self._place_waiting(now)
 
     def on_heartbeat(self, now: float, heartbeat: Heartbeat) -> list[RouterEffect]:
         """Load and liveness of a worker. One of another incarnation is late news."""
@@ -159,7 +131,7 @@ class Dispatcher:
         self._timers.watch((heartbeat.info.worker_id, "silence"), now, SILENCE_S)
         if worker.hear(now, heartbeat):
             self.counters["hung_workers"] += 1
-            return self._drop_link(now, worker, f"its engine has stood at step {heartbeat.step_count}")
+            return self._drop_link(now, worker, f"its engine has stood at step {heartbeat.step_count}", crashed=True)
         return self._place_waiting(now)
 
     def on_entries(self, now: float, worker_id: str, entries: tuple[Entry, ...]) -> list[RouterEffect]:
@@ -182,6 +154,8 @@ class Dispatcher:
                 effects.append(Progress(request_id=request.request_id, stage=entry.stage, worker_id=worker_id))
             elif isinstance(entry, PromptScores):
                 effects += self._on_scores(now, request, entry)
+            elif isinstance(entry, Moved):
+                effects += self._on_moved(now, request, entry)
             else:
                 effects += self._on_failed(now, request, entry)
         return effects + self._place_waiting(now)
@@ -204,13 +178,16 @@ class Dispatcher:
                 worker = self.fleet.workers.get(key)
                 if worker is not None and worker.up:
                     self.counters["silent_workers"] += 1
-                    effects += self._drop_link(now, worker, f"nothing was heard of it for {SILENCE_S:g} s")
+                    words = f"nothing was heard of it for {SILENCE_S:g} s"
+                    effects += self._drop_link(now, worker, words, crashed=False)
                 continue
             request = self._requests.get(key)
             if request is None:
                 continue  # an earlier timer of this round ended it
             if kind == "deadline":
                 effects += [*self._abort(request), *self._end(now, request, "deadline_exceeded")]
+            elif kind == "verdict" and self.recovery.is_condemned(request):
+                effects += self._end(now, request, "decode_worker_lost")
             elif kind == "no_worker" and request.worker_id is None:
                 if not self.fleet.decoders():
                     effects += self._end(now, request, "no_worker")
@@ -226,24 +203,9 @@ class Dispatcher:
 
     def status(self) -> DispatchStatus:
         """A snapshot."""
-        workers = []
-        for _, worker in sorted(self.fleet.workers.items()):
-            workers.append(
-                WorkerStatus(
-                    info=worker.info,
-                    load=worker.load,
-                    up=worker.up,
-                    hung=worker.hung,
-                    num_sequences=worker.num_assigned,
-                    queued_tokens=worker.backlog.num_tokens,
-                    step_count=worker.step_count,
-                    step_age_ms=worker.step_age_ms,
-                    peers=tuple(worker.rates.values()),
-                )
-            )
         num_waiting = len(self._waiting) + len(self._waiting_again)
         return DispatchStatus(
-            workers=tuple(workers),
+            workers=tuple(worker_status(worker) for _, worker in sorted(self.fleet.workers.items())),
             num_waiting=num_waiting,
             num_running=len(self._requests) - num_waiting,
             counters=dict(self.counters),
@@ -268,15 +230,20 @@ class Dispatcher:
                 decoders = [worker for worker in self.fleet.decoders() if _has_room(worker)]
                 if not decoders:
                     return effects
+                allowed = self.recovery.allowed(request, decoders)
+                if not allowed:
+                    continue
                 line.serve(request)
-                effects += self._place(now, request, decoders)
+                effects += self._place(now, request, allowed)
         return effects
 
     def _place(self, now: float, request: Tracked, decoders: list[Worker]) -> list[RouterEffect]:
         fresh = [worker for worker in decoders if worker.info.worker_id not in request.avoid]
-        decision = self.chooser.choose(now, request, fresh or decoders)
+        decision = self.chooser.choose(now, request, self._same_class(request, fresh or decoders))
         decoder = self.fleet.workers[decision.placement.decode].info
-        refs = [self.fleet.workers[source].info for source in decision.sources]
+        refs = [_source(self.fleet.workers[source]) for source in decision.sources]
+        if (held := self.recovery.held_source(request, decoder)) is not None:
+            refs = [held, *(ref for ref in refs if ref.worker_id != held.worker_id)]
         request.attempt += 1
         request.answered = False
         request.worker_id = decoder.worker_id
@@ -284,8 +251,18 @@ class Dispatcher:
         for kind in ("retry", "no_worker"):
             self._timers.clear((request.request_id, kind))
         self.counters["dispatched"] += 1
-        dispatch = request.dispatch(now, decoder, refs)
+        moved = self.recovery.placed(request, decoder.worker_id)
+        dispatch = request.dispatch(now, decoder, refs, moved=moved)
         return [ToWorker(worker_id=decoder.worker_id, message=dispatch)]
+
+    def _same_class(self, request: Tracked, decoders: list[Worker]) -> list[Worker]:
+        """Those that continue a text bit by bit as it was begun, if there are any; else all, and that is counted."""
+        if not request.num_outputs:
+            return decoders
+        same = [worker for worker in decoders if worker.info.numerics_class == request.numerics_class]
+        if not same:
+            self.counters["numerics_class_changed"] += 1
+        return same or decoders
 
     def _place_again(self, now: float, request: Tracked, delay_s: float, reason: str) -> None:
         """Take an attempt back and queue for the next one."""
@@ -295,7 +272,10 @@ class Dispatcher:
         if len(request.avoid) >= len(self.fleet.decoders()):
             request.avoid = {request.worker_id}
         self._unassign(now, request)
-        request.retry_at = now + delay_s * (0.5 + self._rng.random())
+        request.retry_at = now + delay_s * (0.5 + self._rng.random()) if delay_s else now
+        verdict_at = self.recovery.verdict_at(request)
+        if verdict_at is not None:
+            self._timers.set((request.request_id, "verdict"), verdict_at)
         self._waiting_again.add(request)
         self._timers.set((request.request_id, "retry"), request.retry_at)
         self._timers.set((request.request_id, "no_worker"), now + NO_WORKER_S)
@@ -316,8 +296,10 @@ class Dispatcher:
             self.chooser.first_token(now, request, tokens)
             request.num_retries = 0
             request.note(now, f"first token, {tokens.path or 'continued'}", request.worker_id or "")
+            request.numerics_class = self.fleet.workers[request.worker_id or ""].info.numerics_class
         request.accept(tokens)
         effects: list[RouterEffect] = [Deliver(tokens=tokens, path=tokens.path)]
+        effects += _down(self.recovery.accepted(request, len(tokens.token_ids)))
         if not request.finished:
             return effects
         self.chooser.ended(now, request)
@@ -342,24 +324,33 @@ class Dispatcher:
             return self._end(now, request, failed.code, failed.message)
         return self._end(now, request, "internal_error", f"a worker failed with {failed.code!r}")
 
-    def _drop_link(self, now: float, worker: Worker, reason: str) -> list[RouterEffect]:
-        drop = DropLink(worker_id=worker.info.worker_id, reason=reason)
-        return [drop, *self._lose(now, worker.info.worker_id), *self._place_waiting(now)]
+    def _on_moved(self, now: float, request: Tracked, moved: Moved) -> list[RouterEffect]:
+        assert request.worker_id is not None, "an entry of the current attempt comes from where it is"
+        self.counters["moved"] += 1
+        releases = self.recovery.moved(request, self.fleet.workers[request.worker_id], moved)
+        self._place_again(now, request, 0.0, "given away")
+        return _down(releases)
 
-    def _lose(self, now: float, worker_id: str) -> list[RouterEffect]:
-        if self.fleet.down(worker_id) is None:
+    def _drop_link(self, now: float, worker: Worker, reason: str, *, crashed: bool) -> list[RouterEffect]:
+        drop = DropLink(worker_id=worker.info.worker_id, reason=reason)
+        return [drop, *self._lose(now, worker.info.worker_id, crashed=crashed), *self._place_waiting(now)]
+
+    def _lose(self, now: float, worker_id: str, *, crashed: bool) -> list[RouterEffect]:
+        worker = self.fleet.down(worker_id)
+        if worker is None:
             return []
         self.counters["lost_workers"] += 1
         self.chooser.worker_lost(worker_id)
+        self.recovery.lost(worker_id)
         self._timers.clear((worker_id, "silence"))
-        effects: list[RouterEffect] = []
         for request in [r for r in self._requests.values() if r.worker_id == worker_id]:
-            request.num_losses += 1
-            if request.num_outputs or request.num_losses >= MAX_LOSSES:
-                effects += self._end(now, request, "decode_worker_lost")
+            self.counters["taken_over"] += 1
+            if crashed:
+                self.recovery.crashed(now, request, worker.info)
             else:
-                self._place_again(now, request, RETRY_S, "decode worker lost")
-        return effects
+                self.recovery.silent(request)
+            self._place_again(now, request, RETRY_S, "decode worker lost")
+        return []
 
     # ---- ends
 
@@ -372,26 +363,37 @@ class Dispatcher:
     def _end(self, now: float, request: Tracked, code: str | None, message: str = "") -> list[RouterEffect]:
         self.counters["finished" if code is None else f"failed_{code}"] += 1
         request.note(now, code or "finished", request.worker_id or "")
-        self._forget(now, request)
-        return [Ended(request_id=request.request_id, code=code, message=message)]
+        releases = self._forget(now, request)
+        return [*releases, Ended(request_id=request.request_id, code=code, message=message)]
 
     def _unassign(self, now: float, request: Tracked) -> None:
         if request.worker_id is not None:
+            self.recovery.unplaced(request)
             self.fleet.unassign(now, request.request_id, request.worker_id, request.prefiller_id)
             request.worker_id = request.prefiller_id = None
 
-    def _forget(self, now: float, request: Tracked) -> None:
+    def _forget(self, now: float, request: Tracked) -> list[RouterEffect]:
         self._unassign(now, request)
         request_id = request.request_id
         del self._requests[request_id]
         self._waiting.discard(request_id)
         self._waiting_again.discard(request_id)
-        for kind in ("deadline", "retry", "no_worker"):
+        for kind in ("deadline", "retry", "no_worker", "verdict"):
             self._timers.clear((request_id, kind))
         self._explained[request_id] = tuple(request.history)
         if len(self._explained) > MAX_EXPLAINED:
             self._explained.popitem(last=False)
+        return _down(self.recovery.forget(request_id))
 
 
 def _has_room(worker: Worker) -> bool:
     return worker.num_assigned < decode_capacity(worker.info)
+
+
+def _source(worker: Worker) -> SourceRef:
+    info = worker.info
+    return SourceRef(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address)
+
+
+def _down(releases: list[tuple[str, Release]]) -> list[RouterEffect]:
+    return [ToWorker(worker_id=worker_id, message=release) for worker_id, release in releases]

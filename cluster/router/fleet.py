@@ -101,7 +101,7 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._identity: str | None = None
 
-    def up(self, info: WorkerInfo) -> None:
+    def up(self, info: WorkerInfo) -> Worker:
         """The link said Welcome. A hung engine stays hung until its steps move."""
         old = self.workers.get(info.worker_id)
         worker = Worker(info=info)
@@ -109,6 +109,7 @@ class Fleet:
             worker.hung, worker.step_count = old.hung, old.step_count
         self.workers[info.worker_id] = worker
         self.decoders()  # the first one's identity is what this router serves
+        return worker
 
     def down(self, worker_id: str) -> Worker | None:
         """The link broke or is given up. Returns the worker if it was up."""

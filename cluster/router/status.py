@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster.router.breakers import BreakerStatus
 from cluster.router.decision import as_json
-from cluster.router.dispatch import DispatchStatus, WorkerStatus
 from cluster.router.service import Readiness, RouterService
+from cluster.router.snapshot import DispatchStatus, WorkerStatus
 
 MAX_TOLD = 32  # decisions, where no request is named
 

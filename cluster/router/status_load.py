@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cluster.router.dispatch import DispatchStatus
 from cluster.router.service import RouterService
+from cluster.router.snapshot import DispatchStatus
 from cluster.router.status import version
 
 Json = dict[str, Any]

@@ -53,7 +53,7 @@ class Tracked:
     hint: PrefixHint | None = None  # who held its prefix then
     retry_at: float = 0.0
     num_retries: int = 0  # refused or busy, since it was last accepted
-    num_losses: int = 0  # decode workers lost under it
+    numerics_class: str = ""  # of the worker that made its last tokens
     avoid: set[str] = field(default_factory=set)
     answered: bool = False  # any token of the current attempt was accepted
     path: Path | None = None
@@ -98,7 +98,9 @@ class Tracked:
             if not choice.finished
         )
 
-    def dispatch(self, now: float, decoder: WorkerInfo, sources: Sequence[WorkerInfo]) -> Dispatch:
+    def dispatch(
+        self, now: float, decoder: WorkerInfo, sources: Sequence[SourceRef], *, moved: bool = False
+    ) -> Dispatch:
         """The message of the current attempt."""
         submit = self.submit
         return Dispatch(
@@ -110,12 +112,10 @@ class Tracked:
             choices=self.unfinished(),
             params=submit.params,
             remaining_ms=max(1, math.ceil((submit.deadline - now) * 1000)),  # ours passes first
-            sources=tuple(
-                SourceRef(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address)
-                for info in sources
-            ),
+            sources=tuple(sources),
             cache_salt=submit.cache_salt,
             priority=submit.priority,
+            moved=moved,
         )
 
     def judge(self, tokens: Tokens) -> Verdict:

@@ -264,14 +264,10 @@ def test_without_its_prefill_worker_the_decode_worker_prefills(cluster: Cluster,
     assert raw.parse().choices[0].text == oracle(cluster, [71] * 200, 20)
 
 
-def test_a_decode_worker_that_dies_in_mid_stream_ends_it_with_an_error(cluster: Cluster, client: openai.OpenAI) -> None:
-    stream = client.completions.create(model=MODEL, prompt=[80] * 50, max_tokens=3000, stream=True, **STEADY)
-    next(iter(stream))
+def test_a_stream_outlives_its_only_decode_worker(cluster: Cluster, client: openai.OpenAI) -> None:
+    stream = client.completions.create(model=MODEL, prompt=[80] * 50, max_tokens=1500, stream=True, **STEADY)
+    text = next(iter(stream)).choices[0].text
     cluster.processes["decode-1"].kill()
-    with pytest.raises(openai.APIError) as caught:
-        for _ in stream:
-            pass
-    assert caught.value.code == "decode_worker_lost"
     eventually(lambda: cluster.health()["decode_ready"] == 0, "the loss was not noticed")
     assert client.models.list().data == []
     with pytest.raises(openai.APIStatusError) as unready:
@@ -279,9 +275,8 @@ def test_a_decode_worker_that_dies_in_mid_stream_ends_it_with_an_error(cluster: 
     assert unready.value.code == "model_not_ready"
     cluster.start_worker("decode-1")
     eventually(lambda: cluster.health()["decode_ready"] == 1, "the new decode worker was not found")
-    assert client.completions.create(model=MODEL, prompt=[81] * 50, max_tokens=5, **STEADY).choices[0].text == oracle(
-        cluster, [81] * 50, 5
-    )
+    text += "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+    assert text == oracle(cluster, [80] * 50, 1500), "taken over at the position where it was, by the new one"
 
 
 def test_an_evaluation_tools_request_gets_the_oracles_prompt_logprobs_in_pieces(

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.router.dispatch import MAX_LOSSES, MAX_RETRY_S, Dispatcher
+from cluster.router.dispatch import MAX_RETRY_S, Dispatcher
 from cluster.router.effects import DropLink, Ended, RouterEffect, Submit, ToWorker
 from cluster.router.fleet import HUNG_STEP_S
 from cluster.router.policies import policy_named
+from cluster.router.recovery import VERDICT_S
 from cluster.types import Dispatch, Failed, Heartbeat, Tokens, WorkerInfo
 from engine.request import FinishReason, SamplingParams
 
@@ -127,23 +128,42 @@ def test_a_worker_lost_before_any_token_costs_an_attempt() -> None:
     assert t.ended == [None]
 
 
-def test_a_worker_lost_after_a_token_ends_the_request() -> None:
+def test_a_worker_lost_after_a_token_is_taken_over_at_the_next_position() -> None:
     t = Told("d1", "d2")
+    first = t.worker
     t.answers(1.0)
-    t.take(t.d.on_worker_down(1.0, t.worker))
-    assert t.ended == ["decode_worker_lost"]
+    t.take(t.d.on_worker_down(1.0, first))
+    t.wait(2.0)
+    assert t.dispatch is not None and (t.worker != first, t.attempt) == (True, 2)
+    assert len(t.dispatch.choices[0].outputs) == 4, "the token that was accepted"
+    t.answers(3.0, position=1, finish=True)
+    assert t.ended == [None]
 
 
-def test_a_request_that_loses_every_worker_it_gets_ends() -> None:
+def test_a_request_under_which_two_workers_crash_ends_after_a_while() -> None:
+    t = Told("d1", "d2", "d3")
+    now = 1.0
+    for _ in range(2):
+        t.take(t.d.on_worker_down(now, t.worker))
+        t.take(t.d.on_worker_up(now, info(t.worker, incarnation=f"{now}")))
+        now = t.wait(now + 1.0)
+    assert t.attempt == 2 and not t.ended, "it runs nowhere now"
+    while not t.ended:
+        now = t.wait(100.0)
+    assert t.ended == ["decode_worker_lost"] and t.attempt == 2 and now <= 2.0 + VERDICT_S
+
+
+def test_a_link_that_breaks_and_comes_back_is_no_crash() -> None:
     t = Told("d1", "d2")
-    now = 0.0
-    while not t.ended and t.attempt < 10:
+    now = 1.0
+    for _ in range(6):
         lost = t.worker
         t.take(t.d.on_worker_down(now, lost))
-        t.take(t.d.on_worker_up(now, info(lost, incarnation=f"{now}")))
-        if not t.ended:
-            now = t.wait(now + 5)
-    assert t.ended == ["decode_worker_lost"] and t.attempt == MAX_LOSSES
+        t.take(t.d.on_worker_up(now + 0.3, info(lost)))
+        now = t.wait(now + 10) + 0.5
+        t.d.on_heartbeat(now, Heartbeat(info=info("d1")))
+        t.d.on_heartbeat(now, Heartbeat(info=info("d2")))
+    assert t.attempt == 7 and not t.ended
 
 
 def test_a_new_incarnation_takes_the_place_of_the_old_one() -> None:
@@ -224,7 +244,10 @@ def test_many_that_lose_their_worker_come_back_before_new_ones_and_spread_out() 
     while len(times) < 5 and now < 3:
         for effect in effects:
             if isinstance(effect, ToWorker) and isinstance(effect.message, Dispatch):
-                times[effect.message.request_id] = now
+                name = effect.message.request_id
+                times[name] = now
+                made = Tokens(request_id=name, attempt=effect.message.attempt, choice=0, position=0, token_ids=(9,) * 4)
+                d.on_entries(now, "d1", (made,))  # each has shown by now that it does not crash its worker
         now = d.next_timer() or 3.0
         effects = d.on_timer(now)
     assert list(times)[-1] == "new" and len(times) == 5

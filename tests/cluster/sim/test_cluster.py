@@ -104,8 +104,8 @@ def test_a_hung_engine_is_given_up() -> None:
     assert sim.run_while(lambda: not sim.results["first"].outputs, limit_s=5)
     worker_id = next(name for name in ("decode-1", "decode-2") if sim.workers[name].decode.num_live)
     sim.hang_worker(worker_id)
-    assert sim.drain(limit_s=15)
-    assert sim.results["first"].code == "decode_worker_lost"
+    assert sim.drain(limit_s=25)
+    assert sim.results["first"].outputs == sim.oracle(sim.results["first"].submit), "taken over by the other one"
     assert sim.router.dispatcher.counters["hung_workers"] == 1
     sim.run_for(1.0)
     for i in range(4):
