@@ -1,4 +1,4 @@
-"""A whole cluster on a virtual clock in one thread: one router, N workers, faults at will, and checks of what remains.
+"""A whole cluster on a virtual clock in one thread: routers, N workers, faults at will, and checks of what remains.
 
 The same seed gives the same event log, word for word. Texts are checked against the fake model's oracle, which knows
 nothing of the cluster: any KV that was lost, stale, swapped or corrupted on its way changes the text.
@@ -6,19 +6,24 @@ nothing of the cluster: any KV that was lost, stale, swapped or corrupted on its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 import numpy as np
 
-from cluster.router.effects import Submit
+from cluster.router.effects import RouterEffect, Submit
 from cluster.sim.clock import VirtualClock
 from cluster.sim.faults import Faults
-from cluster.sim.journal import Journal
+from cluster.sim.journal import Journal, describe
 from cluster.sim.network import Network
+from cluster.sim.process import SimProcess
+from cluster.sim.registry import SimRegistry
 from cluster.sim.router import SimResult, SimRouter
 from cluster.sim.worker import SimWorker, SimWorkerConfig
+from cluster.types import WorkerInfo
+from cluster.worker.effects import Effect
 from engine.fake_engine import ArrayMemory
 
 
@@ -32,13 +37,36 @@ class SimConfig:
     delay_s: float = 0.0002
     jitter_s: float = 0.0001
     bytes_per_s: float = 1e9
+    num_routers: int = 1
+    journal: bool = True
+
+
+class Watcher(Protocol):
+    """Sees everything that workers and routers do, just before they do it."""
+
+    def on_worker(self, worker: SimWorker) -> None:
+        """A worker starts."""
+        ...
+
+    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
+        """Of a worker."""
+        ...
+
+    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
+        """Of a router."""
+        ...
+
+    def on_info(self, info: WorkerInfo) -> None:
+        """What a worker says of itself."""
+        ...
 
 
 class SimCluster:
     """Implements what workers and routers need of the world, and what tests do to it."""
 
-    def __init__(self, config: SimConfig) -> None:
+    def __init__(self, config: SimConfig, watchers: Sequence[Watcher] = ()) -> None:
         self.config = config
+        self.watchers = watchers
         self.clock = VirtualClock()
         self.journal = Journal()
         self.faults = Faults()
@@ -51,13 +79,15 @@ class SimCluster:
             jitter_s=config.jitter_s,
             bytes_per_s=config.bytes_per_s,
         )
+        self.registry = SimRegistry(self.clock)
         self.workers: dict[str, SimWorker] = {}
         self._num_coming = 0
         self._incarnations: dict[str, SimWorker] = {}
-        self.router = SimRouter(self, "router-1", policy=config.policy, rng=Random(self._rng.random()))
+        self.routers: list[SimRouter] = []  # dead ones too: their clients' results
         for worker in config.workers:
             self.start_worker(worker)
-            self.router.connect(worker.worker_id)
+        for _ in range(config.num_routers):
+            self.start_router()
 
     # ---- World and RouterWorld
 
@@ -70,6 +100,31 @@ class SimCluster:
         worker = self.workers.get(worker_id)
         return worker if worker is not None and worker.process.alive else None
 
+    def find_worker(self, worker_id: str) -> SimWorker | None:
+        """The worker that the registry names, dead or alive."""
+        info = self.registry.read().get(worker_id)
+        return None if info is None else self._incarnations[info.incarnation]
+
+    def publish(self, info: WorkerInfo) -> None:
+        """A worker's entry of the registry."""
+        self.registry.publish(info)
+        for watcher in self.watchers:
+            watcher.on_info(info)
+
+    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
+        """For the journal and the watchers."""
+        if self.config.journal:
+            self.journal.note(self.clock.now, worker.info.worker_id, describe(effect))
+        for watcher in self.watchers:
+            watcher.on_effect(worker, effect)
+
+    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
+        """For the journal and the watchers."""
+        if self.config.journal:
+            self.journal.note(self.clock.now, router.router_id, describe(effect))
+        for watcher in self.watchers:
+            watcher.on_router_effect(router, effect)
+
     # ---- what happens to it
 
     def start_worker(self, config: SimWorkerConfig) -> SimWorker:
@@ -77,13 +132,36 @@ class SimCluster:
         worker = SimWorker(self, config, f"{self._rng.getrandbits(128):032x}")
         self.workers[config.worker_id] = worker
         self._incarnations[worker.info.incarnation] = worker
+        for watcher in self.watchers:
+            watcher.on_worker(worker)
+        self.publish(worker.info)
         return worker
+
+    def start_router(self) -> SimRouter:
+        """Start a router; a dead one is not started again, another takes its clients."""
+        router = SimRouter(
+            self,
+            f"router-{len(self.routers) + 1}",
+            policy=self.config.policy,
+            rng=Random(self._rng.random()),
+            keep_decisions=self.config.journal,
+        )
+        self.routers.append(router)
+        for worker_id in self.workers:
+            router.connect(worker_id)
+        return router
+
+    @property
+    def router(self) -> SimRouter:
+        """The first router."""
+        return self.routers[0]
 
     def kill_worker(self, worker_id: str, *, restart_after_s: float | None = None) -> None:
         """SIGKILL, and perhaps a restart by the supervisor."""
         worker = self.workers[worker_id]
         self.journal.note(self.clock.now, worker_id, "killed")
         worker.process.kill()
+        worker.rank.kill()
         self.network.process_died(worker.process)
         if restart_after_s is not None:
             self.clock.after(restart_after_s, lambda: self._restart(worker))
@@ -96,28 +174,45 @@ class SimCluster:
         """SIGSTOP the whole worker, then SIGCONT."""
         worker = self.workers[worker_id]
         self.journal.note(self.clock.now, worker_id, "stopped")
-        worker.process.freeze()
-        self.clock.after(for_s, worker.process.thaw)
+        for process in (worker.process, worker.rank):
+            process.freeze()
+            self.clock.after(for_s, process.thaw)
+
+    def freeze_rank(self, worker_id: str, for_s: float) -> None:
+        """Its rank stands still for a while; its network side goes on."""
+        worker = self.workers[worker_id]
+        self.journal.note(self.clock.now, worker_id, "its rank stands")
+        worker.rank.freeze()
+        self.clock.after(for_s, worker.rank.thaw)
+
+    def lag(self, process: SimProcess, for_s: float) -> None:
+        """The loop of a router, or of a worker's network side, does not run for a while; ranks go on."""
+        self.journal.note(self.clock.now, process.name, "its loop lags")
+        process.freeze()
+        self.clock.after(for_s, process.thaw)
 
     def hang_worker(self, worker_id: str) -> None:
         """Its rank never finishes a step again; its network side goes on."""
         self.workers[worker_id].hung = True
 
-    def kill_router(self) -> None:
-        """SIGKILL the router."""
-        self.router.process.kill()
-        self.network.process_died(self.router.process)
+    def kill_router(self, router: SimRouter | None = None) -> None:
+        """SIGKILL a router (the first one)."""
+        router = router or self.router
+        self.journal.note(self.clock.now, router.router_id, "killed")
+        router.process.kill()
+        self.network.process_died(router.process)
 
     # ---- clients and time
 
-    def submit(self, submit: Submit, *, at: float | None = None) -> None:
-        """A request, now or later."""
+    def submit(self, submit: Submit, *, at: float | None = None, router: int = 0) -> None:
+        """A request, now or later, to a router or, if that is dead by then, to the last one."""
         self._num_coming += 1
-        self.clock.at(self.clock.now if at is None else at, lambda: self._arrive(submit))
+        self.clock.at(self.clock.now if at is None else at, lambda: self._arrive(submit, router))
 
-    def _arrive(self, submit: Submit) -> None:
+    def _arrive(self, submit: Submit, router: int) -> None:
         self._num_coming -= 1
-        self.router.submit(submit)
+        chosen = self.routers[router]
+        (chosen if chosen.process.alive else self.routers[-1]).submit(submit)
 
     def run_until(self, when: float) -> None:
         """Let time pass."""
@@ -138,7 +233,8 @@ class SimCluster:
     def drain(self, *, limit_s: float) -> bool:
         """Run until every request has come and gone. Returns whether that came within `limit_s`."""
         return self.run_while(
-            lambda: self._num_coming > 0 or any(result.live for result in self.results.values()), limit_s=limit_s
+            lambda: self._num_coming > 0 or any(one.num_live for one in self.routers if one.process.alive),
+            limit_s=limit_s,
         )
 
     # ---- checks
@@ -146,7 +242,9 @@ class SimCluster:
     @property
     def results(self) -> dict[str, SimResult]:
         """What the clients got, by request id."""
-        return self.router.results
+        if len(self.routers) == 1:
+            return self.router.results
+        return {name: result for router in self.routers for name, result in router.results.items()}
 
     def oracle(self, submit: Submit) -> dict[int, list[int]]:
         """The text of every choice, from the tokens alone."""
@@ -184,7 +282,8 @@ class SimCluster:
             load = worker.core.load()
             if load.num_running or load.num_waiting or load.num_served:
                 found.append(f"{worker_id}: the rank has {load}")
-        status = self.router.dispatcher.status()
-        if self.router.process.alive and (status.num_waiting or status.num_running):
-            found.append(f"router: {status.num_waiting} waiting, {status.num_running} running")
+        for router in self.routers:
+            status = router.dispatcher.status()
+            if router.process.alive and (status.num_waiting or status.num_running):
+                found.append(f"{router.router_id}: {status.num_waiting} waiting, {status.num_running} running")
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.router.effects import Deliver, ToWorker
 from cluster.types import Dispatch, FetchNews, FetchOpen, News, Piece, Tokens
 from cluster.worker.effects import OpenFetch, SendEntry, SendFetch, SendTaken, StartCopy, ToEngine
 from engine.messages import PullClosed, Reserve
@@ -15,6 +16,10 @@ def describe(thing: Any) -> str:
     match thing:
         case ToEngine():
             return f"{name} {describe(thing.command)}"
+        case ToWorker():
+            return f"{name} {thing.worker_id} {describe(thing.message)}"
+        case Deliver():
+            return f"{name} {describe(thing.tokens)}"
         case Reserve():
             return f"{name} {thing.add.request_id}"
         case PullClosed():

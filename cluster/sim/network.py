@@ -1,4 +1,9 @@
-"""Connections with delay: each direction keeps its order; an end that closes or dies is seen by the other."""
+"""Connections with delay: each direction keeps its order; an end that closes or dies is seen by the other.
+
+Like gRPC over TCP: nothing is lost, doubled or reordered within a connection while it stands. What is sent into a
+partition arrives when it ends; a connection that is cut for longer than the keepalive takes breaks at both ends, each
+for itself. Between connections any order is possible.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ from typing import Any
 
 from cluster.sim.clock import VirtualClock
 from cluster.sim.process import SimProcess
+
+KEEPALIVE_S = 3.0  # ping every second, 2 s for its answer (cluster/rpc/channel.py)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,12 +34,15 @@ class Connection:
 
     def __init__(self, network: Network, ends: tuple[End, End]) -> None:
         self.ends = ends
+        self.held_until = 0.0  # nothing of it arrives before, in either direction
         self._network = network
 
     def send(self, side: int, message: Any, num_bytes: int = 0) -> None:
         """Send from one end. Lost if either end has closed by the time it arrives."""
         if self.ends[side].open:
             self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes)
+            if self._network.doubled is not None and self._network.doubled(self.ends[side].process, message):
+                self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes)
 
     def close(self, side: int) -> None:
         """Close from one end; the other hears of it after what was sent before."""
@@ -45,9 +55,18 @@ class Connection:
         for side in (0, 1):
             self._deliver(side, lambda side=side: self._closed(side), 0)  # type: ignore[misc]
 
+    def time_out(self) -> None:
+        """Both ends give up waiting for an answer to their ping, each when it runs."""
+        for side, end in enumerate(self.ends):
+            if end.process.alive:
+                end.process.post(lambda side=side: self._closed(side))  # type: ignore[misc]
+
     def _deliver(self, side: int, run: Callable[[], None], num_bytes: int) -> None:
-        end = self.ends[side]
-        end.last_arrival = max(end.last_arrival, self._network.arrival(num_bytes))
+        end, other = self.ends[side], self.ends[1 - side]
+        at = self._network.arrival(num_bytes)
+        if self._network.troubled:
+            at = self._network.later(at, other.process, end.process, self.held_until)
+        end.last_arrival = max(end.last_arrival, at)
         self._network.clock.at(end.last_arrival, lambda: end.process.post(run))
 
     def _receive(self, side: int, message: Any) -> None:
@@ -62,22 +81,60 @@ class Connection:
 
 
 class Network:
-    """Makes connections. Delays are seconds; `bytes_per_s` slows big messages down."""
+    """Makes connections. Delays are seconds; `bytes_per_s` slows big messages down.
+
+    `doubled(sender, message)`: whether a message is sent twice. `troubled` is set once anything was held or cut.
+    """
 
     def __init__(
         self, clock: VirtualClock, rng: Random, *, delay_s: float, jitter_s: float, bytes_per_s: float
     ) -> None:
         self.clock = clock
+        self.troubled = False
+        self.doubled: Callable[[SimProcess, Any], bool] | None = None
         self._rng = rng
         self._delay_s = delay_s
         self._jitter_s = jitter_s
         self._bytes_per_s = bytes_per_s
         self._connections: list[Connection] = []
+        self._cuts: list[tuple[str, str, float]] = []  # (from, to, until), by the names of processes
+        self._slow: list[tuple[str, float, float]] = []  # (name, until, up to this many seconds more)
 
     def arrival(self, num_bytes: int) -> float:
         """When a message that is sent now arrives."""
         jitter_s = self._rng.random() * self._jitter_s
         return self.clock.now + self._delay_s + jitter_s + num_bytes / self._bytes_per_s
+
+    def later(self, at: float, sender: SimProcess, receiver: SimProcess, held_until: float) -> float:
+        """When it arrives with what is wrong at the moment."""
+        now = self.clock.now
+        for name, until, extra_s in self._slow:
+            if now < until and name in (sender.name, receiver.name):
+                at += self._rng.random() * extra_s
+        return max(at, held_until, self._cut_until(sender.name, receiver.name))
+
+    def _cut_until(self, sender: str, receiver: str) -> float:
+        now = self.clock.now
+        mine = (until for one, two, until in self._cuts if (one, two) == (sender, receiver) and until > now)
+        return max(mine, default=0.0)
+
+    def partition(self, one: str, two: str, for_s: float, *, both_ways: bool) -> None:
+        """Nothing from process `one` to `two` arrives for a while (and back). Long ones break the connections."""
+        self.troubled = True
+        until = self.clock.now + for_s
+        self._cuts += [(one, two, until), (two, one, until)] if both_ways else [(one, two, until)]
+        for connection in self._connections:
+            self._watch_keepalive(connection)
+
+    def slow_down(self, name: str, extra_s: float, for_s: float) -> None:
+        """Everything from and to a process takes up to extra_s longer."""
+        self.troubled = True
+        self._slow.append((name, self.clock.now + for_s, extra_s))
+
+    def hold(self, connection: Connection, for_s: float) -> None:
+        """Other connections overtake this one."""
+        self.troubled = True
+        connection.held_until = self.clock.now + for_s
 
     def connect(self, opener: End, other: End) -> Connection:
         """Connect two ends. One to a dead process closes after the usual delay."""
@@ -86,7 +143,21 @@ class Network:
         self._connections.append(connection)
         if not other.process.alive:
             connection.close(1)
+        elif self._cuts:
+            self._watch_keepalive(connection)
         return connection
+
+    def connections_of(self, process: SimProcess) -> list[Connection]:
+        """Its open ones."""
+        return [c for c in self._connections if any(end.process is process and end.open for end in c.ends)]
+
+    def _watch_keepalive(self, connection: Connection) -> None:
+        """A ping crosses both ways, so one direction is enough to break the connection."""
+        names = [end.process.name for end in connection.ends]
+        until = max(self._cut_until(*names), self._cut_until(*reversed(names)))
+        at = self.clock.now + KEEPALIVE_S
+        if until > at:
+            self.clock.at(at, connection.time_out)
 
     def process_died(self, process: SimProcess) -> None:
         """Close every end of a process."""

@@ -12,7 +12,6 @@ from cluster.router.dispatch import Dispatcher
 from cluster.router.effects import Deliver, DeliverScores, DropLink, Ended, RouterEffect, Submit, ToWorker
 from cluster.router.policies import policy_named
 from cluster.sim.clock import VirtualClock
-from cluster.sim.journal import Journal, describe
 from cluster.sim.network import Connection, End, Network
 from cluster.sim.process import SimProcess
 from cluster.sim.worker import SimWorker
@@ -46,18 +45,26 @@ class RouterWorld(Protocol):
 
     clock: VirtualClock
     network: Network
-    journal: Journal
 
-    def live_worker(self, worker_id: str) -> SimWorker | None:
-        """The worker that the registry names, if there is one."""
+    def find_worker(self, worker_id: str) -> SimWorker | None:
+        """The worker that the registry names, dead or alive, if there is one."""
+        ...
+
+    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
+        """A router is about to perform an effect: for the journal, and for whoever checks the history."""
         ...
 
 
 class SimRouter:
     """One router with its clients."""
 
-    def __init__(self, world: RouterWorld, router_id: str, *, policy: str, rng: Random) -> None:
+    def __init__(
+        self, world: RouterWorld, router_id: str, *, policy: str, rng: Random, keep_decisions: bool = True
+    ) -> None:
         self.router_id = router_id
+        self.num_live = 0  # requests that have neither ended nor been cancelled
+        self.speaker = ""  # the incarnation whose message is being handled
+        self._keep_decisions = keep_decisions
         self._world = world
         self.process = SimProcess(world.clock, router_id)
         self.dispatcher = Dispatcher(policy_named(policy), rng)
@@ -72,6 +79,7 @@ class SimRouter:
     def submit(self, submit: Submit) -> None:
         """A client's request, validated and tokenised."""
         self.results[submit.request_id] = SimResult(submit=submit, submitted_at=self._world.clock.now)
+        self.num_live += 1
         self.process.post(lambda: self._do(self.dispatcher.on_submit(self._world.clock.now, submit)))
 
     def cancel(self, request_id: str) -> None:
@@ -79,6 +87,7 @@ class SimRouter:
         result = self.results[request_id]
         if result.live:
             result.cancelled_at = self._world.clock.now
+            self.num_live -= 1
         self.process.post(lambda: self._do(self.dispatcher.on_cancel(self._world.clock.now, request_id)))
 
     # ---- links
@@ -87,7 +96,7 @@ class SimRouter:
         """Connect to a worker, and again for as long as there is none."""
         if not self.process.alive or worker_id in self._links:
             return
-        worker = self._world.live_worker(worker_id)
+        worker = self._world.find_worker(worker_id)
         if worker is None:
             self._connect_later(worker_id)
             return
@@ -95,7 +104,7 @@ class SimRouter:
         link_id = f"{self.router_id}#{self._num_links}"
         here = End(
             process=self.process,
-            on_message=lambda message: self._from_worker(worker_id, message),
+            on_message=lambda message: self._from_worker(worker_id, worker.info.incarnation, message),
             on_closed=lambda: self._down(worker_id),
         )
         connection = self._world.network.connect(here, worker.accept_link(link_id))
@@ -107,6 +116,10 @@ class SimRouter:
         if (link := self._links.get(worker_id)) is not None:
             link.cut()
 
+    def link(self, worker_id: str) -> Connection | None:
+        """The link to a worker, standing or being made."""
+        return self._links.get(worker_id)
+
     def _connect_later(self, worker_id: str) -> None:
         self.process.at(self._world.clock.now + RECONNECT_S, lambda: self.connect(worker_id))
 
@@ -115,8 +128,10 @@ class SimRouter:
         self._do(self.dispatcher.on_worker_down(self._world.clock.now, worker_id))
         self._connect_later(worker_id)
 
-    def _from_worker(self, worker_id: str, message: WorkerInfo | Heartbeat | tuple[object, ...]) -> None:
-        now = self._world.clock.now
+    def _from_worker(
+        self, worker_id: str, incarnation: str, message: WorkerInfo | Heartbeat | tuple[object, ...]
+    ) -> None:
+        now, self.speaker = self._world.clock.now, incarnation
         if isinstance(message, WorkerInfo):
             self._do(self.dispatcher.on_worker_up(now, message))
         elif isinstance(message, Heartbeat):
@@ -128,7 +143,7 @@ class SimRouter:
 
     def _do(self, effects: Iterable[RouterEffect]) -> None:
         for effect in effects:
-            self._world.journal.note(self._world.clock.now, self.router_id, _describe(effect))
+            self._world.on_router_effect(self, effect)
             self._perform(effect)
         at = self.dispatcher.next_timer()
         if at is not None and at < self._wake_up_at:
@@ -144,7 +159,7 @@ class SimRouter:
 
     def _perform(self, effect: RouterEffect) -> None:
         if isinstance(effect, ToWorker):
-            if isinstance(effect.message, Dispatch):
+            if self._keep_decisions and isinstance(effect.message, Dispatch):
                 self.decisions += self.dispatcher.chooser.decisions(effect.message.request_id)[:1]
             if (link := self._links.get(effect.worker_id)) is not None:
                 link.send(0, effect.message)
@@ -156,6 +171,7 @@ class SimRouter:
             result = self.results[effect.request_id]
             assert result.live, f"{effect.request_id} ends twice, or after it was cancelled"
             result.code, result.ended_at = effect.code, self._world.clock.now
+            self.num_live -= 1
         elif isinstance(effect, DropLink):
             if (link := self._links.pop(effect.worker_id, None)) is not None:
                 link.close(0)
@@ -179,11 +195,3 @@ class SimRouter:
         assert result.live and not result.outputs, f"prompt logprobs of {scores.request_id} after its first token"
         assert scores.first_position == len(result.scores) + 1, f"{scores.request_id}: a hole in its prompt logprobs"
         result.scores += [entry.logprob for entry in scores.logprobs]
-
-
-def _describe(effect: RouterEffect) -> str:
-    if isinstance(effect, ToWorker):
-        return f"ToWorker {effect.worker_id} {describe(effect.message)}"
-    if isinstance(effect, Deliver):
-        return f"Deliver {describe(effect.tokens)}"
-    return describe(effect)

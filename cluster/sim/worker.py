@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from cluster.sim.clock import VirtualClock
 from cluster.sim.copies import land, payload
 from cluster.sim.faults import Faults
-from cluster.sim.journal import Journal, describe
 from cluster.sim.network import Connection, End, Network
 from cluster.sim.process import SimProcess
+from cluster.transfer.connector import CallFence
 from cluster.types import (
     HEARTBEAT_S,
     AbortRequest,
@@ -75,9 +75,16 @@ class World(Protocol):
 
     clock: VirtualClock
     network: Network
-    journal: Journal
     faults: Faults
     memories: dict[str, tuple[str, ArrayMemory]]
+
+    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
+        """A worker is about to perform an effect: for the journal, and for whoever waits for a stage."""
+        ...
+
+    def publish(self, info: WorkerInfo) -> None:
+        """A worker's entry of the registry."""
+        ...
 
     def worker_at(self, incarnation: str) -> SimWorker | None:
         """The live or dead worker of an incarnation."""
@@ -90,7 +97,8 @@ class SimWorker:
     def __init__(self, world: World, config: SimWorkerConfig, incarnation: str) -> None:
         self.config = config
         self._world = world
-        self.process = SimProcess(world.clock, config.worker_id)
+        self.process = SimProcess(world.clock, config.worker_id)  # the network side
+        self.rank = SimProcess(world.clock, config.worker_id)
         self.memory = ArrayMemory(config.engine.layout)
         self.core = build_fake_engine(config.engine, memory=self.memory)
         layout = config.engine.layout
@@ -128,6 +136,7 @@ class SimWorker:
         self._served: dict[str, Connection] = {}
         self._remote_calls: set[str] = set()  # served with transport "grpc": pieces carry their bytes
         self._source_memory: dict[str, ArrayMemory] = {}
+        self._fences: dict[str, CallFence] = {}  # of calls that we made
         self._wake_ups: dict[str, float] = {}
         self._beat()
 
@@ -172,6 +181,7 @@ class SimWorker:
         )
         for connection in self._links.values():
             connection.send(1, beat)
+        self._world.publish(self.info)
         self._feed(soon=True)
         self.process.at(clock.now + HEARTBEAT_S, self._beat)
 
@@ -220,10 +230,13 @@ class SimWorker:
         there = End(process=source.process, on_message=at_source, on_closed=lambda: source._call_broken(call.call_id))
         opened.append(self._world.network.connect(here, there))
         self._fetches[call.call_id] = opened[0]
+        self._fences[call.call_id] = CallFence(call_id=call.call_id, source_incarnation=effect.source.incarnation)
         opened[0].send(0, call)
 
     def _from_source(self, call_id: str, reply: FetchReply) -> None:
         now = self._world.clock.now
+        if isinstance(reply, Piece):
+            reply = self._world.faults.piece(self.info.worker_id, reply)
         if isinstance(reply, FetchAccepted) and reply.local is not None:
             host, memory = self._world.memories[reply.local.path]
             if host != self.config.host:
@@ -237,19 +250,20 @@ class SimWorker:
         self._do(self.decode.on_fetch_broken(self._world.clock.now, call_id))
 
     def _start_copy(self, effect: StartCopy) -> None:
-        piece = effect.piece
+        piece, faults = effect.piece, self._world.faults
+        asked = faults.copy_s(self.info.worker_id, piece)
         usual = self.config.copy_s + self.config.copy_s_per_block * len(piece.checksums)
-        asked = self._world.faults.copy_s(self.info.worker_id, piece)
-        memory = self._source_memory.get(piece.call_id)
+        source, fence = self._source_memory.get(piece.call_id), self._fences.get(piece.call_id)
+        faults.copy_started(self.info.incarnation, effect)
         delay_s = usual if asked is None else asked
-        self.process.at(self._world.clock.now + delay_s, lambda: self._copied(effect, memory))
+        self.process.at(self._world.clock.now + delay_s, lambda: self._copied(effect, source, fence))
 
-    def _copied(self, effect: StartCopy, source: ArrayMemory | None) -> None:
-        piece = effect.piece
-        data = piece.payload if source is None else payload(source, piece)
-        corrupt = self._world.faults.corrupt(self.info.worker_id, piece)
+    def _copied(self, effect: StartCopy, source: ArrayMemory | None, fence: CallFence | None) -> None:
+        piece, faults = effect.piece, self._world.faults
         blocks = self.core.scheduler.blocks
-        ok = land(self.memory, blocks, piece, effect.target_block_ids, data, corrupt=corrupt)
+        spoil = faults.spoil_of(self.info.worker_id, piece, source)
+        ok = fence is not None and land(self.memory, blocks, effect, fence, source, spoil)
+        faults.copy_ended(self.info.incarnation, effect, ok)
         self._do(self.decode.on_copied(self._world.clock.now, effect.copy_id, ok))
 
     # ---- effects
@@ -257,7 +271,7 @@ class SimWorker:
     def _do(self, effects: Iterable[Effect]) -> None:
         """Perform effects in order, send what they queued for the routers, arm the timers."""
         for effect in effects:
-            self._world.journal.note(self._world.clock.now, self.info.worker_id, describe(effect))
+            self._world.on_effect(self, effect)
             self._perform(effect)
         for link_id, entries in self._outbox.items():
             if link_id in self._links:
@@ -280,6 +294,7 @@ class SimWorker:
                     fetch.send(0, effect.taken)
             case CloseFetch():
                 self._source_memory.pop(effect.call_id, None)
+                self._fences.pop(effect.call_id, None)
                 if (fetch := self._fetches.pop(effect.call_id, None)) is not None:
                     fetch.close(0)
             case StartCopy():
@@ -321,7 +336,7 @@ class SimWorker:
     def _kick(self) -> None:
         if not self._kicked and self._step_started_at is None:
             self._kicked = True
-            self.process.at(self._world.clock.now + RING_S, self._step)
+            self.rank.at(self._world.clock.now + RING_S, self._step)
 
     def _step(self) -> None:
         self._kicked = False
@@ -334,10 +349,10 @@ class SimWorker:
         events = self.core.step(self._announce)
         jitter = 1.0 + self.config.step_jitter * (2.0 * self._jitter.random() - 1.0)
         done_at = self._world.clock.now + self.core.last_step_cost_s * jitter + RING_S
-        self.process.at(done_at, lambda: self._landed(events))
+        self.rank.at(done_at, lambda: self._landed(events))
 
     def _announce(self, events: StepEvents) -> None:
-        self.process.at(self._world.clock.now + RING_S, lambda: self._hear(events))
+        self._world.clock.at(self._world.clock.now + RING_S, lambda: self.process.post(lambda: self._hear(events)))
 
     def _hear(self, events: StepEvents) -> None:
         now = self._world.clock.now
@@ -352,6 +367,6 @@ class SimWorker:
         self._step_started_at = None
         self.num_steps += 1
         if events is not None:
-            self._hear(events)
+            self.process.post(lambda: self._hear(events))
         if self.core.has_work:
             self._step()
