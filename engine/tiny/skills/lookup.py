@@ -1,0 +1,56 @@
+"""Key-value look-up in one long line: the long-context skill, where a wrong or stale KV block shows at once.
+
+In training several questions follow on one list, so that its many tokens teach more than one answer; a held-out example
+asks once. Keys always follow a space, so that a key has the same tokens in the list and in the question.
+"""
+
+from __future__ import annotations
+
+import random
+
+from engine.tiny.skills.example import Draw, Example, Split, choose, turns
+from engine.tiny.skills.words import WORDS
+
+MAX_PAIRS = 200
+_QUESTION = (
+    "Data: {pairs}. What is {key}?",
+    "List: {pairs}. Value of {key}?",
+    "Remember: {pairs}. Find {key}.",
+    "数据: {pairs}. 请问 {key} 是多少?",
+    "列表: {pairs}. 查找 {key} 的值",
+)
+_AGAIN = ("What is {key}?", "And {key}?", "Value of {key}?", "请问 {key} 是多少?", "那么 {key} 呢?")
+_SEPARATORS = ("=", ": ")
+# (up to which progress, most pairs)
+_CURRICULUM = ((0.08, 6), (0.16, 12), (0.26, 24), (0.38, 60), (0.5, 120), (1.0, MAX_PAIRS))
+
+
+def lookup(rng: random.Random, split: Split) -> Example:
+    """2 to 200 pairs, as many as the progress allows; fewer pairs are likelier."""
+    most = next(pairs for until, pairs in _CURRICULUM if split.progress <= until)
+    number = int(2 * (most / 2) ** (rng.random() ** 0.7))
+    return _example("lookup", rng, split, min(number, most), 1 if split.held_out else min(16, 1 + number // 2))
+
+
+def lookup_of(num_pairs: int) -> Draw:
+    """Lists of this length, one question."""
+
+    def draw(rng: random.Random, split: Split) -> Example:
+        return _example(f"lookup-{num_pairs}", rng, split, num_pairs, 1)
+
+    return draw
+
+
+def _example(skill: str, rng: random.Random, split: Split, num_pairs: int, num_questions: int) -> Example:
+    while True:
+        words = rng.sample(WORDS, num_pairs)
+        values = [10 + int(rng.random() * 90) for _ in words]
+        separator = choose(rng, _SEPARATORS)
+        pairs = ", ".join([f"{word}{separator}{value}" for word, value in zip(words, values, strict=True)])
+        if split.accepts(f"lookup {pairs}"):
+            break
+    asked = rng.sample(range(num_pairs), num_questions)
+    first = choose(rng, _QUESTION).format(pairs=pairs, key=words[asked[0]])
+    pairs_asked = [(first, str(values[asked[0]]))]
+    pairs_asked += [(choose(rng, _AGAIN).format(key=words[one]), str(values[one])) for one in asked[1:]]
+    return Example(skill=skill, messages=turns(*pairs_asked), answer=str(values[asked[-1]]), keys=(f"lookup {pairs}",))

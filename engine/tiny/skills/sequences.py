@@ -1,0 +1,80 @@
+"""Copying, reversing and counting. The sequence stands on a line of its own, so its first word has the same tokens
+in the question as in the answer. Key: the sequence.
+"""
+
+from __future__ import annotations
+
+import random
+
+from engine.tiny.skills.example import Example, Split, choose, single
+from engine.tiny.skills.words import LETTERS, WORDS, WORDS_ZH
+
+_COPY = ("Copy:\n{line}", "Repeat this line:\n{line}", "Say exactly:\n{line}", "复制:\n{line}", "重复这一行:\n{line}")
+_REVERSE = ("Reverse:\n{line}", "Write this backwards:\n{line}", "Reverse the order:\n{line}", "倒序:\n{line}")
+_COUNT = (
+    "How many items?\n{line}",
+    "Count the items:\n{line}",
+    "Count:\n{line}",
+    "一共有几个?\n{line}",
+    "数一数:\n{line}",
+)
+_COUNT_ONE = (
+    "How many times is {one} in this line?\n{line}",
+    "Count the {one} in:\n{line}",
+    "{one} 出现了几次?\n{line}",
+)
+_MAX_ITEMS = 20
+
+
+def copying(rng: random.Random, split: Split) -> Example:
+    """Words, letters or digits, 2 to 12 of them."""
+    while True:
+        line = _line(rng, 2 + int(rng.random() * 11))
+        if split.accepts(f"copy {line}"):
+            return single("copying", choose(rng, _COPY).format(line=line), line, f"copy {line}")
+
+
+def reversing(rng: random.Random, split: Split) -> Example:
+    """Words, letters or digits, 2 to 6 of them, and their reverse."""
+    while True:
+        line = _line(rng, 2 + int(rng.random() * 5))
+        if split.accepts(f"reverse {line}"):
+            answer = " ".join(reversed(line.split(" ")))
+            return single("reversing", choose(rng, _REVERSE).format(line=line), answer, f"reverse {line}")
+
+
+def counting(rng: random.Random, split: Split) -> Example:
+    """Items of a list (1 to 20), or how often one letter stands in a line of up to 15."""
+    while True:
+        example = _count_all(rng) if rng.random() < 0.6 else _count_one(rng)
+        if split.accepts(example.keys[0]):
+            return example
+
+
+def _count_all(rng: random.Random) -> Example:
+    number = 1 + int(rng.random() * _MAX_ITEMS)
+    kind = rng.random()
+    pool = WORDS if kind < 0.6 else (WORDS_ZH if kind < 0.8 else LETTERS)
+    line = ", ".join(choose(rng, pool) for _ in range(number))
+    return single("counting", choose(rng, _COUNT).format(line=line), str(number), f"count {line}")
+
+
+def _count_one(rng: random.Random) -> Example:
+    one, other, third = rng.sample(LETTERS, 3)
+    length = 1 + int(rng.random() * 15)
+    number = int(rng.random() * (min(length, 9) + 1))
+    letters = [one] * number + [choose(rng, (other, third)) for _ in range(length - number)]
+    rng.shuffle(letters)
+    line = " ".join(letters)
+    return single("counting", choose(rng, _COUNT_ONE).format(one=one, line=line), str(number), f"count {one} in {line}")
+
+
+def _line(rng: random.Random, number: int) -> str:
+    kind = rng.random()
+    if kind < 0.45:
+        pool: tuple[str, ...] | str = WORDS
+    elif kind < 0.65:
+        pool = WORDS_ZH
+    else:
+        pool = LETTERS if kind < 0.85 else "0123456789"
+    return " ".join(choose(rng, pool) for _ in range(number))
