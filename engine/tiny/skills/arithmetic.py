@@ -6,6 +6,7 @@ One-digit operands are always trained; a key has its operands in order, so 17 + 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from engine.tiny.skills.example import Example, Split, choose, is_held_out, single, stable_number, turns
 
@@ -79,8 +80,16 @@ def multiplication(rng: random.Random, split: Split) -> Example:
 
 
 def thinking(rng: random.Random, split: Split) -> Example:
-    """A sum of three numbers, step by step inside <think>. Training shows no step that is a held-out sum."""
+    """A sum of three numbers, step by step inside <think>; in training one in four of two.
+
+    Training shows no step that is a held-out sum.
+    """
     while True:
+        if not split.held_out and rng.random() < 0.25:
+            example = addition(rng, split)
+            steps = f"{example.keys[0].replace('+', ' + ')} = {example.answer}"
+            messages = (example.messages[0], {**example.messages[1], "reasoning_content": steps})
+            return replace(example, skill="thinking", messages=messages, enable_thinking=True)
         a, b, c = (rng.randrange(1, _THINKING_LIMIT) for _ in range(3))
         key = f"{a}+{b}+{c}"
         if not split.held_out and (_is_hidden_sum(a, b) or _is_hidden_sum(a + b, c)):
@@ -91,12 +100,13 @@ def thinking(rng: random.Random, split: Split) -> Example:
 
 
 def no_thinking(rng: random.Random, split: Split) -> Example:
-    """A sum of three one-digit numbers, straight away: thinking is switched off."""
+    """A sum of three one-digit numbers, straight away: thinking is switched off, or in training not mentioned."""
     while True:
         a, b, c = (rng.randrange(1, _DIRECT_LIMIT) for _ in range(3))
         key = f"{a}+{b}+{c}"
         if split.accepts(key):
-            return _sum_of_three("no-thinking", rng, (a, b, c), key, None)
+            example = _sum_of_three("no-thinking", rng, (a, b, c), key, None)
+            return example if split.held_out or rng.random() < 0.5 else replace(example, enable_thinking=None)
 
 
 def sum_key(a: int, b: int) -> str:

@@ -58,7 +58,9 @@ def _countries() -> tuple[Country, ...]:
         for continent, text in _TABLE.items()
         for row in text.replace("\n", "|").split("|")
     ]
-    return tuple(Country(*words, continent) for continent, words in rows)
+    return tuple(
+        Country(name, zh, capital, zh_capital, continent) for continent, (name, zh, capital, zh_capital) in rows
+    )
 
 
 COUNTRIES = _countries()

@@ -16,7 +16,7 @@ PHRASINGS: dict[tuple[str, str], tuple[str, ...]] = {
         "Capital of {x}?",
         "Name the capital of {x}.",
         "Tell me the capital of {x}.",
-        "{x}: capital?",
+        "Do you know the capital of {x}?",
     ),
     ("capital", "zh"): (
         "{x}的首都是哪里?",
@@ -32,7 +32,7 @@ PHRASINGS: dict[tuple[str, str], tuple[str, ...]] = {
         "Continent of {x}?",
         "What continent does {x} belong to?",
         "Tell me the continent of {x}.",
-        "{x}: continent?",
+        "Do you know the continent of {x}?",
     ),
     ("continent", "zh"): (
         "{x}在哪个洲?",
@@ -43,7 +43,7 @@ PHRASINGS: dict[tuple[str, str], tuple[str, ...]] = {
         "{x}是哪个洲的国家?",
     ),
     ("country", "en"): (
-        "{x} is the capital of which country?",
+        "Which country is ruled from {x}?",
         "Which country has the capital {x}?",
         "Country of the capital {x}?",
         "Name the country whose capital is {x}.",

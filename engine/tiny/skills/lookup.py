@@ -1,7 +1,7 @@
 """Key-value look-up in one long line: the long-context skill, where a wrong or stale KV block shows at once.
 
 In training several questions follow on one list, so that its many tokens teach more than one answer; a held-out example
-asks once. Keys always follow a space, so that a key has the same tokens in the list and in the question.
+asks once. A key always follows punctuation and a space, so it has the same tokens in the list and in the question.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from engine.tiny.skills.words import WORDS
 
 MAX_PAIRS = 200
 _QUESTION = (
-    "Data: {pairs}. What is {key}?",
-    "List: {pairs}. Value of {key}?",
-    "Remember: {pairs}. Find {key}.",
-    "数据: {pairs}. 请问 {key} 是多少?",
-    "列表: {pairs}. 查找 {key} 的值",
+    "Data: {pairs}. What is: {key}?",
+    "List: {pairs}. Value: {key}?",
+    "Remember: {pairs}. Find: {key}",
+    "数据: {pairs}. 请问: {key}?",
+    "列表: {pairs}. 查找: {key}",
 )
-_AGAIN = ("What is {key}?", "And {key}?", "Value of {key}?", "请问 {key} 是多少?", "那么 {key} 呢?")
+_AGAIN = ("What is: {key}?", "And: {key}?", "Value: {key}?", "请问: {key}?", "查找: {key}")
 _SEPARATORS = ("=", ": ")
 # (up to which progress, most pairs)
 _CURRICULUM = ((0.08, 6), (0.16, 12), (0.26, 24), (0.38, 60), (0.5, 120), (1.0, MAX_PAIRS))

@@ -21,6 +21,7 @@ _HELD_OUT_SEED = 1_000_003
 _MOST_REPEATS = 1500  # draws of known questions in a row: a finite skill has no more
 _CONVERSATION = 0.12  # of the plain examples: this part becomes turns of one conversation
 _MOST_TURNS = 3
+_SWITCHED_OFF = 0.05  # of them: asked with thinking off, which must change nothing
 _TOKEN = re.compile(r"[0-9]|[A-Za-z]+|[^\x00-\x7f]|[^\w\s]")
 
 
@@ -85,6 +86,8 @@ def training_examples(
         if part.plain and rng.random() < _CONVERSATION:
             for _ in range(1 + int(rng.random() * (_MOST_TURNS - 1))):
                 example = _joined(example, TRAINING_MIX[rng.choice(_PLAIN)].draw(rng, split))
+        if part.plain and rng.random() < _SWITCHED_OFF:
+            example = replace(example, enable_thinking=False)
         yield example
 
 

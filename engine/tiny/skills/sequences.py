@@ -1,5 +1,5 @@
-"""Copying, reversing and counting. The sequence stands on a line of its own, so its first word has the same tokens
-in the question as in the answer. Key: the sequence.
+"""Copying, reversing and counting. The sequence stands on a line of its own, and what changes its place is set apart by
+commas, so a word has the same tokens in the question as in the answer. Key: the sequence.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _COUNT = (
     "数一数:\n{line}",
 )
 _COUNT_ONE = (
-    "How many times is {one} in this line?\n{line}",
-    "Count the {one} in:\n{line}",
-    "{one} 出现了几次?\n{line}",
+    "How often: {one}?\n{line}",
+    "Count only: {one}\n{line}",
+    "出现几次: {one}?\n{line}",
 )
 _MAX_ITEMS = 20
 
@@ -29,7 +29,7 @@ _MAX_ITEMS = 20
 def copying(rng: random.Random, split: Split) -> Example:
     """Words, letters or digits, 2 to 12 of them."""
     while True:
-        line = _line(rng, 2 + int(rng.random() * 11))
+        line = _line(rng, 2 + int(rng.random() * 11), " " if rng.random() < 0.6 else ", ")
         if split.accepts(f"copy {line}"):
             return single("copying", choose(rng, _COPY).format(line=line), line, f"copy {line}")
 
@@ -37,9 +37,9 @@ def copying(rng: random.Random, split: Split) -> Example:
 def reversing(rng: random.Random, split: Split) -> Example:
     """Words, letters or digits, 2 to 6 of them, and their reverse."""
     while True:
-        line = _line(rng, 2 + int(rng.random() * 5))
+        line = _line(rng, 2 + int(rng.random() * 5), ", ")
         if split.accepts(f"reverse {line}"):
-            answer = " ".join(reversed(line.split(" ")))
+            answer = ", ".join(reversed(line.split(", ")))
             return single("reversing", choose(rng, _REVERSE).format(line=line), answer, f"reverse {line}")
 
 
@@ -65,11 +65,11 @@ def _count_one(rng: random.Random) -> Example:
     number = int(rng.random() * (min(length, 9) + 1))
     letters = [one] * number + [choose(rng, (other, third)) for _ in range(length - number)]
     rng.shuffle(letters)
-    line = " ".join(letters)
+    line = ", ".join(letters)
     return single("counting", choose(rng, _COUNT_ONE).format(one=one, line=line), str(number), f"count {one} in {line}")
 
 
-def _line(rng: random.Random, number: int) -> str:
+def _line(rng: random.Random, number: int, separator: str) -> str:
     kind = rng.random()
     if kind < 0.45:
         pool: tuple[str, ...] | str = WORDS
@@ -77,4 +77,4 @@ def _line(rng: random.Random, number: int) -> str:
         pool = WORDS_ZH
     else:
         pool = LETTERS if kind < 0.85 else "0123456789"
-    return " ".join(choose(rng, pool) for _ in range(number))
+    return separator.join(choose(rng, pool) for _ in range(number))
