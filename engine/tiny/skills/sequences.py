@@ -1,5 +1,5 @@
-"""Copying, reversing and counting. The sequence stands on a line of its own, and what changes its place is set apart by
-commas, so a word has the same tokens in the question as in the answer. Key: the sequence.
+"""Copying, reversing and counting. Lines and commas without spaces keep a word's tokens the same wherever it stands, in
+the question as in the answer. Key: the sequence.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _COUNT = (
     "数一数:\n{line}",
 )
 _COUNT_ONE = (
-    "How often: {one}?\n{line}",
-    "Count only: {one}\n{line}",
-    "出现几次: {one}?\n{line}",
+    "How often: {one}? Line: {line}",
+    "Count only: {one}. Line: {line}",
+    "出现几次: {one}? 一行: {line}",
 )
 _MAX_ITEMS = 20
 
@@ -29,7 +29,7 @@ _MAX_ITEMS = 20
 def copying(rng: random.Random, split: Split) -> Example:
     """Words, letters or digits, 2 to 12 of them."""
     while True:
-        line = _line(rng, 2 + int(rng.random() * 11), " " if rng.random() < 0.6 else ", ")
+        line = _line(rng, 2 + int(rng.random() * 11), " " if rng.random() < 0.6 else ",")
         if split.accepts(f"copy {line}"):
             return single("copying", choose(rng, _COPY).format(line=line), line, f"copy {line}")
 
@@ -37,9 +37,9 @@ def copying(rng: random.Random, split: Split) -> Example:
 def reversing(rng: random.Random, split: Split) -> Example:
     """Words, letters or digits, 2 to 6 of them, and their reverse."""
     while True:
-        line = _line(rng, 2 + int(rng.random() * 5), ", ")
+        line = _line(rng, 2 + int(rng.random() * 5), ",")
         if split.accepts(f"reverse {line}"):
-            answer = ", ".join(reversed(line.split(", ")))
+            answer = ",".join(reversed(line.split(",")))
             return single("reversing", choose(rng, _REVERSE).format(line=line), answer, f"reverse {line}")
 
 
