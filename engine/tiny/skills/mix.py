@@ -63,7 +63,7 @@ _HELD_OUT: dict[str, Draw] = {
     "tool-result": tools.tool_result,
     **{f"lookup-{num_pairs}": lookup.lookup_of(num_pairs) for num_pairs in (16, 100, 200)},
 }
-SKILLS: tuple[str, ...] = tuple(_HELD_OUT)
+SKILLS: tuple[str, ...] = tuple(_HELD_OUT)  # that can be asked
 
 
 def training_examples(
