@@ -25,13 +25,17 @@ from engine.messages import (
     Load,
     NewTokens,
     NoSpace,
+    Pause,
+    Paused,
     Probe,
     Probed,
     PullClosed,
     Reserve,
     Reserved,
+    RoleSet,
     Serve,
     ServeBusy,
+    SetRole,
     Shutdown,
     StepEvents,
 )
@@ -43,7 +47,7 @@ from engine.scheduler.served import ServeNews
 from engine.scheduler.step_cost import StepCost
 
 _log = logging.getLogger(__name__)
-_Reply = Probed | Reserved | NoSpace | ServeNews
+_Reply = Probed | Reserved | NoSpace | Paused | RoleSet | ServeNews
 
 
 class EngineCore:
@@ -89,7 +93,8 @@ class EngineCore:
         batch = self.scheduler.schedule()
         self._stalled = batch is None
         self.last_batch = batch
-        if announce is not None and batch is not None and self._has_answers():
+        will_wait = batch is not None or bool(self._handles)
+        if announce is not None and will_wait and self._has_answers():
             announce(self._events(None))
         if batch is not None:
             self.last_step_cost_s = self.step_cost.predict_batch(batch) / 1000
@@ -156,6 +161,11 @@ class EngineCore:
                 scheduler.pull_closed(command)
             case Abort():
                 scheduler.abort(command)
+            case Pause():
+                self._replies += scheduler.pause(command)
+            case SetRole():
+                scheduler.role = command.role
+                self._replies.append(RoleSet(role=command.role))
             case Serve():
                 self._replies += scheduler.serve(command)
             case EndServe():
@@ -176,6 +186,8 @@ class EngineCore:
                 self._replies.append(NoSpace(request_id=command.add.request_id, never=True))
             case Serve():
                 self._replies.append(ServeBusy(call_id=command.call_id, never=True))
+            case Pause():
+                pass  # logged; the request runs on, and whoever asked hears nothing, as of one that ended
             case _:
                 raise error
 

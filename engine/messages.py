@@ -129,7 +129,7 @@ Command = Add | Probe | Reserve | Commit | PullClosed | Abort | Pause | SetRole 
 
 
 class Paused(_Message, frozen=True):
-    """A request computes no more; KV of its first num_held_tokens (whole blocks) stays in pinned blocks of the prefix cache."""
+    """A request computes no more; KV of its first num_held_tokens stays pinned, in whole blocks of the prefix cache."""
 
     request_id: str
     num_held_tokens: int
@@ -252,6 +252,7 @@ class Load(_Message, frozen=True):
     context_tokens: int = 0
     prefill_scale: float = 1.0
     decode_scale: float = 1.0
+    num_paused: int = 0
 
 
 class StepEvents(_Message, frozen=True):

@@ -1,6 +1,7 @@
-"""What happens when a step has completed: KV counts, commits of complete blocks, tokens, stops, pieces of served calls.
+"""What happens when a step has completed: KV counts, commits of complete blocks, tokens, stops, served pieces, pauses.
 
 kernels done -> num_landed -> complete blocks checksummed and committed (now visible) -> tokens -> served pieces
+-> requests that were to pause are paused
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.kv.block_manager import BlockState
-from engine.messages import NewTokens, PromptLogprobs
+from engine.messages import NewTokens, Paused, PromptLogprobs
 from engine.request import FinishReason
 from engine.scheduler.batch import Runner, StepResult, TokenLogprobs
+from engine.scheduler.pauses import settle
 from engine.scheduler.request_book import RequestBook
 from engine.scheduler.request_state import Entry, LaunchedStep, Request, ServedCall
 from engine.scheduler.served import ServedCalls, ServeNews
@@ -25,7 +27,7 @@ class Landed:
     step: int
     num_tokens: int
     tokens: list[NewTokens] = field(default_factory=list)
-    replies: list[ServeNews | PromptLogprobs] = field(default_factory=list)
+    replies: list[ServeNews | PromptLogprobs | Paused] = field(default_factory=list)
 
 
 def land_step(
@@ -47,6 +49,7 @@ def land_step(
         if entry.scores is not None:
             landed.replies.append(_land_scores(entry, result.prompt_logprobs[i]))
     book.seats.landed(result.step)
+    landed.replies += settle(book)
     return landed
 
 

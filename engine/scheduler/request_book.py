@@ -1,8 +1,10 @@
 """All own requests by state, with the moves between states that everybody needs: admit to the queue, preempt, finish.
 
-waiting  no seat          Add, or preempted (in front)
-pulling  seat, no steps   Reserve .. PullClosed
-running  seat, steps      admitted, or PullClosed
+waiting  no seat                      Add, or preempted (in front)
+pulling  seat, no steps               Reserve .. PullClosed
+running  seat, steps                  admitted, or PullClosed
+pausing  seat, one step in flight     Pause
+paused   no seat, pinned blocks       nothing is in flight any more .. Abort
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class RequestBook:
         self.waiting: deque[Request] = deque()  # in the order of admission
         self.pulling: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
+        self.pausing: dict[str, Request] = {}
+        self.paused: dict[str, Request] = {}
         self._num_arrivals = 0
         self._has_priorities = False  # any request so far had one
 
@@ -47,8 +51,10 @@ class RequestBook:
 
     def find(self, request_id: str) -> Request | None:
         """The request with this id in any state."""
-        found = self.running.get(request_id) or self.pulling.get(request_id)
-        return found or next((request for request in self.waiting if request.request_id == request_id), None)
+        for state in (self.running, self.pulling, self.pausing, self.paused):
+            if request_id in state:
+                return state[request_id]
+        return next((request for request in self.waiting if request.request_id == request_id), None)
 
     def chain(self, cache_salt: bytes) -> HashChain:
         """A new hash chain under this model's identity."""
@@ -132,12 +138,17 @@ class RequestBook:
         self.counters.num_preemptions += 1
 
     def remove(self, request: Request) -> None:
-        """Forget a running or waiting request (finished or aborted) and give its seat up."""
-        if self.running.pop(request.request_id, None) is None:
+        """Forget a request whose pull is not open (finished or aborted); give up its seat, or what it holds paused."""
+        for state in (self.running, self.pausing, self.paused):
+            if state.pop(request.request_id, None) is not None:
+                break
+        else:
             self.waiting.remove(request)
         if request.seat is not None:
             self.seats.close(request.seat)
             request.seat = None
+        self.seats.blocks.release(request.held_blocks)
+        request.held_blocks = []
 
     def count_admission(self, request: Request, num_cached_tokens: int) -> None:
         """Prefix cache statistics and the request's own num_cached_tokens (of its first admission)."""

@@ -73,6 +73,7 @@ class Request:
     urgent: bool = False  # overtaken so often that it goes before everything that is not
     num_scored: int = 0  # prompt tokens after the first whose logprobs have been told
     num_cached_tokens: int = -1  # prefix hit of the first admission; -1: not admitted yet
+    held_blocks: list[int] = field(default_factory=list)  # pinned while it is paused
 
     @property
     def num_tokens(self) -> int:

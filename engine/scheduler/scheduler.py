@@ -24,6 +24,8 @@ from engine.messages import (
     Load,
     NewTokens,
     NoSpace,
+    Pause,
+    Paused,
     Probe,
     Probed,
     PullClosed,
@@ -36,6 +38,7 @@ from engine.scheduler.batch import Runner, ScheduledBatch, StepResult
 from engine.scheduler.batch_builder import BatchBuilder
 from engine.scheduler.decode import schedule_decode
 from engine.scheduler.landing import Landed, land_step
+from engine.scheduler.pauses import pause
 from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, usable_match
 from engine.scheduler.profile import Scales
 from engine.scheduler.pulls import Pulls
@@ -76,7 +79,7 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether anything could want a step: pulls and fully offered calls do not."""
+        """Whether anything could want a step: pulls, paused requests and fully offered calls do not."""
         return bool(self._book.waiting or self._book.running or self._served.wants_compute)
 
     @property
@@ -127,6 +130,11 @@ class Scheduler:
             self._pulls.abort(request)
         else:
             self._book.remove(request)
+
+    def pause(self, command: Pause) -> list[Paused]:
+        """See engine/scheduler/pauses.py; unknown ids are ignored. Raises ValueError while its pull is open."""
+        request = self._book.find(command.request_id)
+        return [] if request is None else pause(self._book, request)
 
     def serve(self, command: Serve) -> list[ServeNews]:
         """Accept or refuse a served call. Raises ValueError for a range or tokens that make no sense."""
@@ -202,6 +210,7 @@ class Scheduler:
             context_tokens=sum(r.seat.num_computed for r in self._book.running.values() if r.seat),
             prefill_scale=self.scales[0],
             decode_scale=self.scales[1],
+            num_paused=len(self._book.pausing) + len(self._book.paused),
         )
 
 

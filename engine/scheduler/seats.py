@@ -52,11 +52,15 @@ class Seats:
         seat.block_ids[num_had : len(matched)] = fresh
         seat.num_computed = seat.num_landed = len(matched) * self.blocks.block_size
 
+    def is_in_flight(self, seat: Seat) -> bool:
+        """Whether a launched step that has not landed touches this seat."""
+        return seat.last_step > self._landed_step
+
     def close(self, seat: Seat) -> None:
         """Give a seat up: at once, or when the last step that touches it lands."""
         assert not seat.closed, f"row {seat.row} is closed twice"
         seat.closed = True
-        if seat.last_step > self._landed_step:
+        if self.is_in_flight(seat):
             self._closing.append(seat)
         else:
             self._give_back(seat)

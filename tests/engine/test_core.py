@@ -18,18 +18,23 @@ from engine.messages import (
     EndServe,
     NewTokens,
     NoSpace,
+    Pause,
+    Paused,
     Probe,
     Probed,
     PullClosed,
     Reserve,
     Reserved,
+    RoleSet,
     Serve,
     ServeBusy,
     ServeDone,
     ServedPiece,
     ServeProgress,
     Serving,
+    SetRole,
     Shutdown,
+    StepEvents,
 )
 from engine.request import FinishReason, SamplingParams
 
@@ -283,3 +288,54 @@ def test_shutdown_is_reported_to_the_loop() -> None:
 def test_the_core_and_the_fake_load_no_torch() -> None:
     code = "import sys, engine.fake_engine; sys.exit('torch' in sys.modules or 'grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_role_is_set_and_answered_though_there_is_nothing_to_compute() -> None:
+    core = build(role="decode")
+    replies, _ = run(core, SetRole(role="prefill"))
+    assert replies == [RoleSet(role="prefill")] and core.scheduler.role == "prefill"
+
+
+def test_a_new_role_orders_the_very_next_step() -> None:
+    core = build(role="decode", max_batched_tokens=32)
+    serve = Serve(call_id="c", tokens=raw(prompt(200, 9)), start=0, end=200)
+    for command in (add("a", 100), serve, SetRole(role="prefill")):
+        core.submit(command)
+    events = core.step()
+    assert events is not None and any(isinstance(reply, ServedPiece) for reply in events.replies)
+
+
+@pytest.mark.parametrize("steps_in_flight", [0, 1])
+@pytest.mark.parametrize("has_next", [True, False])
+def test_what_is_known_before_a_step_is_told_before_it(steps_in_flight: int, has_next: bool) -> None:
+    core = build(steps_in_flight=steps_in_flight, max_num_seqs=1)
+    core.submit(add("a", 20, SamplingParams(temperature=0.0, max_tokens=2)))
+    for _ in range(2 if steps_in_flight else 1):
+        core.step()
+    if has_next:
+        core.submit(add("b", 20))
+    core.submit(add("c", 20))
+    for command in (Pause(request_id="c"), SetRole(role="prefill")):
+        core.submit(command)
+    if not has_next and not steps_in_flight:
+        core.submit(Abort(request_id="a"))
+    early: list[object] = []
+    events = core.step(lambda one: early.extend(one.replies))
+    assert events is not None
+    answers = [Paused(request_id="c", num_held_tokens=0), RoleSet(role="prefill")]
+    is_idle = not has_next and not steps_in_flight
+    assert (list(events.replies) if is_idle else early) == answers
+
+
+def test_paused_waits_for_the_step_in_flight_and_the_role_does_not() -> None:
+    core = build(steps_in_flight=1)
+    for command in (add("a", 20, SamplingParams(max_tokens=9)), add("b", 20, SamplingParams(max_tokens=9))):
+        core.submit(command)
+    core.step()
+    early: list[StepEvents] = []
+    for command in (Pause(request_id="a"), SetRole(role="prefill")):
+        core.submit(command)
+    events = core.step(early.append)
+    assert events is not None and [reply for one in early for reply in one.replies] == [RoleSet(role="prefill")]
+    assert events.replies == (Paused(request_id="a", num_held_tokens=16),)
+    assert {message.request_id for message in events.tokens} == {"a", "b"}

@@ -1,7 +1,8 @@
 """The scheduler under any order of commands, with the exact fake: texts equal the oracle's, nothing leaks.
 
 The machine plays the network process: it adds, pulls (its copies land late, and write rubbish into whatever block they
-still own), serves, aborts. After every step it looks at every cached block's bytes and at every block's holders.
+still own), serves, pauses and goes on as another attempt, sets roles, aborts.
+After every step it looks at every cached block's bytes and at every block's holders.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import engine.messages as m
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Role
 from engine.fake_engine import ArrayMemory, FakeConfig, FakeRunner, build_fake_engine
 from engine.kv.block_manager import BlockState
-from engine.kv.prefix_cache import HashChain, root_key
 from engine.request import FinishReason, SamplingParams
 from engine.scheduler.step_cost import StepCost
-from tests.engine.scheduler.expected import BASES, BLOCK, MODEL, Call, Expected, kv_of, tokens_bytes
+from tests.engine.scheduler.expected import BASES, BLOCK, MODEL, Call, Expected, keys_of, kv_of, tokens_bytes
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -67,6 +67,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.calls: dict[str, Call] = {}
         self.kv_by_key: dict[bytes, np.ndarray] = {}
         self.num_ids = 0
+        self.role = role
+        self.num_roles_asked = self.num_roles_set = 0
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -100,9 +102,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
 
     def learn(self, tokens: list[int]) -> None:
-        keys = HashChain(root_key(MODEL.identity), BLOCK).hash_blocks(np.array(tokens, dtype=np.int32))
         kv = kv_of(tokens)
-        for i, key in enumerate(keys):
+        for i, key in enumerate(keys_of(tokens)):
             self.kv_by_key[key] = kv[i * BLOCK : (i + 1) * BLOCK]
 
     @rule(
@@ -117,6 +118,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def ask(self, *, pull: bool, priority: int, **values: Any) -> None:
         add = msgspec.structs.replace(self.new_request(**values), priority=priority)
+        self.reserving[add.request_id].add = add
         if pull:
             self.core.submit(m.Reserve(add=add))
         else:
@@ -126,21 +128,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def open_pulls(self) -> list[str]:
         return [rid for rid, expected in self.requests.items() if expected.pull_blocks]
 
-    def copy(self, expected: Expected, i: int) -> int:
-        """Land block i of a pull (the last token is never copied); returns how many tokens it holds."""
-        tokens = expected.prompt + expected.got
-        num = max(min(BLOCK, len(tokens) - 1 - i * BLOCK), 0)
-        kv = kv_of(tokens)[i * BLOCK : i * BLOCK + num]
-        self.memory.bytes6[expected.pull_blocks[i], 0, :, 0, :num] = kv.transpose(1, 0, 2)
-        return num
-
     @precondition(lambda self: self.open_pulls())
     @rule(data=st.data(), commit=st.booleans(), index=st.integers(0, 7))
     def land_copy(self, data: st.DataObject, commit: bool, index: int) -> None:
         request_id = data.draw(st.sampled_from(self.open_pulls()))
         expected = self.requests[request_id]
         i = index % len(expected.pull_blocks)
-        if i in expected.open_blocks() and self.copy(expected, i) == BLOCK and commit:
+        if i in expected.open_blocks() and expected.copy(i, self.memory) == BLOCK and commit:
             expected.landed.add(i)
             checksum = xxhash.xxh3_64_intdigest(self.memory.block(expected.pull_blocks[i]).data)
             self.core.submit(m.Commit(request_id=request_id, first_block=i, checksums=(checksum,)))
@@ -153,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_computed = len(expected.prompt) + len(expected.got) - 1
         for i in expected.open_blocks():
             if complete:  # all copies land in the last moment
-                self.copy(expected, i)
+                expected.copy(i, self.memory)
             else:
                 num_computed = min(num_computed, i * BLOCK)
         expected.pull_blocks = []
@@ -195,6 +189,43 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort_reserving(self) -> None:
         request_id, _ = self.reserving.popitem()
         self.core.submit(m.Abort(request_id=request_id))
+
+    @precondition(lambda self: self.unfinished())
+    @rule(data=st.data())
+    def pause(self, data: st.DataObject) -> None:
+        """Sometimes twice, or while a pull is open: both mean nothing."""
+        self.core.submit(m.Pause(request_id=data.draw(st.sampled_from(self.unfinished()))))
+
+    def paused(self) -> list[str]:
+        return [rid for rid, expected in self.requests.items() if expected.num_held >= 0]
+
+    @precondition(lambda self: self.paused())
+    @rule(data=st.data(), pull=st.booleans(), release=st.booleans())
+    def go_on(self, data: st.DataObject, pull: bool, release: bool) -> None:
+        self.move(data.draw(st.sampled_from(self.paused())), pull=pull, release=release)
+
+    def move(self, request_id: str, *, pull: bool, release: bool) -> None:
+        """The next attempt of a paused request; without `release` the old one stays paused."""
+        old = self.requests[request_id]
+        self.num_ids += 1
+        new_id = f"r{self.num_ids}"
+        assert old.add is not None
+        add = msgspec.structs.replace(old.add, request_id=new_id, outputs=tokens_bytes(old.got))
+        new = Expected(prompt=old.prompt, text=old.text, got=list(old.got), wants_scores=old.wants_scores, add=add)
+        if release:
+            self.submit_abort(request_id)
+        if pull:
+            self.reserving[new_id] = new
+            self.core.submit(m.Reserve(add=add))
+        else:
+            self.requests[new_id] = new
+            self.core.submit(add)
+
+    @rule(role=st.sampled_from(["prefill", "decode"]))
+    def set_role(self, role: Role) -> None:
+        self.core.submit(m.SetRole(role=role))
+        self.role = role
+        self.num_roles_asked += 1
 
     @rule(
         base=st.integers(0, 1),
@@ -244,6 +275,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_pool()
 
     def see(self, events: m.StepEvents) -> None:
+        pauses: list[m.Paused] = []
         for reply in events.replies:
             if isinstance(reply, m.Reserved):
                 self.see_reserved(reply)
@@ -253,14 +285,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.requests[reply.request_id].take_scores(reply)
             elif isinstance(reply, m.ServeBusy):
                 self.calls.pop(reply.call_id, None)
+            elif isinstance(reply, m.RoleSet):
+                self.num_roles_set += 1
+            elif isinstance(reply, m.Paused):
+                pauses.append(reply)
             elif not isinstance(reply, m.Probed) and reply.call_id in self.calls:
-                self.see_served(reply, self.calls[reply.call_id])
+                self.calls[reply.call_id].see(reply)
         for message in events.tokens:
             self.see_tokens(message)
+        for told in pauses:  # tokens of the same message come first
+            assert self.requests[told.request_id].num_held == -1 and not self.requests[told.request_id].ended
+            self.requests[told.request_id].num_held = told.num_held_tokens
+        assert self.num_roles_set == self.num_roles_asked, "a role is answered with the step that it is set for"
+        assert self.scheduler.role == self.role
 
     def see_tokens(self, message: m.NewTokens) -> None:
         expected = self.requests[message.request_id]
-        assert not expected.ended, "a message after the end"
+        assert not expected.ended and expected.num_held < 0, "a message after the end, or after its pause"
         assert message.first_position == len(expected.got)
         expected.got += message.token_ids
         if message.finish_reason is FinishReason.ABORT:
@@ -287,18 +328,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected.landed = set(range(num_cached))
         self.requests[reply.request_id] = expected
 
-    def see_served(self, reply: object, call: Call) -> None:
-        if isinstance(reply, m.Serving):
-            call.end = reply.end_tokens
-        elif isinstance(reply, m.ServedPiece):
-            assert reply.first_block == call.next_block and not call.done
-            assert len(reply.block_ids) == len(reply.checksums) == -(-reply.end_tokens // BLOCK) - reply.first_block
-            call.next_block += len(reply.block_ids)
-            call.pieces.append(reply)
-        elif isinstance(reply, m.ServeDone):
-            call.done = True
-            assert call.end <= call.start or call.next_block == -(-call.end // BLOCK)
-
     def check_pool(self) -> None:
         """Cached blocks hold their key's KV, offered pieces keep theirs, every block has its holders and no others."""
         blocks = self.scheduler.blocks
@@ -306,19 +335,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert np.array_equal(self.memory.bytes6[block_id, 0, :, 0].transpose(1, 0, 2), self.kv_by_key[key])
             assert blocks.checksum(block_id) == xxhash.xxh3_64_intdigest(self.memory.block(block_id).data)
         for call in self.calls.values():
-            kv = call.kv
-            for piece in call.pieces:
-                for i, (block_id, checksum) in enumerate(zip(piece.block_ids, piece.checksums, strict=True)):
-                    first = (piece.first_block + i) * BLOCK
-                    want = kv[first : min(first + BLOCK, piece.end_tokens)].transpose(1, 0, 2)
-                    have = self.memory.partial(block_id, want.shape[1])[0, :, 0]
-                    assert np.array_equal(have, want), "an offered block was overwritten while it was pinned"
-                    assert checksum == xxhash.xxh3_64_intdigest(np.ascontiguousarray(have).data)
+            call.check_pieces(self.memory)
         scheduler = self.scheduler
         book, seats = scheduler._book, list(scheduler._seats._closing)
-        seats += [r.seat for r in [*book.running.values(), *book.pulling.values()] if r.seat]
+        seated = [*book.running.values(), *book.pulling.values(), *book.pausing.values()]
+        seats += [request.seat for request in seated if request.seat]
         seats += [call.seat for call in scheduler._served._calls.values()]
         refs = Counter(block_id for seat in seats for block_id in seat.block_ids)
+        for request_id in self.paused():
+            refs.update(self.requests[request_id].pinned(blocks))
         assert len({seat.row for seat in seats}) == len(seats), "two requests have one row"
         for block_id in range(1, blocks.num_usable + 1):
             assert blocks.num_refs(block_id) == refs[block_id]
@@ -334,6 +359,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.requests[request_id].pull_blocks = []
                 self.core.submit(m.PullClosed(request_id=request_id, num_computed_tokens=0))
             self.end_done_calls()
+            for request_id in self.paused():
+                self.move(request_id, pull=False, release=True)
             if not self.core.has_work:
                 break
             self.step(1)
@@ -348,7 +375,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.core.has_work and not self.reserving
         assert all(expected.ended for expected in self.requests.values()), "a request never ended"
         load = self.core.load()
-        assert (load.num_running, load.num_waiting, load.num_served) == (0, 0, 0)
+        assert (load.num_running, load.num_waiting, load.num_served, load.num_paused) == (0, 0, 0, 0)
         assert (load.num_referenced_blocks, load.num_quarantined_blocks) == (0, 0)
         assert load.num_free_blocks == load.num_blocks
 
