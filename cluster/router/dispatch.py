@@ -47,7 +47,7 @@ from cluster.types import (
     Tokens,
     WorkerInfo,
 )
-from cluster.worker.decode import decode_capacity
+from cluster.worker.admission import decode_capacity
 
 NO_WORKER_S = 10.0
 RETRY_S = 0.02  # doubled with each retry

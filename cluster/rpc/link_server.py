@@ -26,6 +26,7 @@ from cluster.rpc.outbox import MAX_UNTAKEN, WorkerOutbox
 from cluster.rpc.pb import worker_pb2 as pb
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
 from cluster.rpc.race import StreamEndedError, race
+from cluster.rpc.switch_server import SwitchContext, SwitchMethod
 from cluster.types import Entry, Failed, Heartbeat, RouterMessage, WorkerInfo
 
 _log = logging.getLogger(__name__)
@@ -83,10 +84,11 @@ class _Link:
 
 
 class LinkServicer(pb_grpc.WorkerServicer):
-    """neap.v1.Worker. `max_outbox_tokens` bounds what one router may leave unread."""
+    """neap.v1.Worker. `max_outbox_tokens` bounds what one router may leave unread; `switch` serves Switch."""
 
-    def __init__(self, handler: LinkHandler, max_outbox_tokens: int) -> None:
+    def __init__(self, handler: LinkHandler, max_outbox_tokens: int, switch: SwitchMethod) -> None:
         self._handler = handler
+        self._switch = switch
         self._max_outbox_tokens = max_outbox_tokens
         self._links: dict[str, _Link] = {}
         self._num_links = 0
@@ -129,6 +131,10 @@ class LinkServicer(pb_grpc.WorkerServicer):
         """End every link."""
         for link in list(self._links.values()):
             link.break_off(reason)
+
+    async def Switch(self, request: pb.SwitchRequest, context: SwitchContext) -> pb.SwitchReply:
+        """See proto/worker.proto."""
+        return await self._switch.serve(request, context)
 
     async def Link(self, request_iterator: object, context: LinkContext) -> None:
         """See proto/worker.proto."""

@@ -19,7 +19,6 @@ from cluster.sim.process import SimProcess
 from cluster.transfer.connector import CallFence
 from cluster.types import (
     HEARTBEAT_S,
-    AbortRequest,
     Dispatch,
     Entry,
     FetchAccepted,
@@ -29,8 +28,8 @@ from cluster.types import (
     Heartbeat,
     LocalMemory,
     Piece,
-    Release,
     RouterMessage,
+    SwitchRequest,
     WorkerInfo,
 )
 from cluster.worker.cache_feed import CacheFeed
@@ -40,12 +39,15 @@ from cluster.worker.effects import (
     Effect,
     EndCall,
     OpenFetch,
+    Publish,
     SendEntry,
     SendFetch,
+    SendSwitchReply,
     SendTaken,
     StartCopy,
     ToEngine,
 )
+from cluster.worker.machine import WorkerMachine
 from cluster.worker.prefill import PrefillMachine
 from engine.config import Role
 from engine.fake_engine import ArrayMemory, FakeConfig, build_fake_engine
@@ -102,12 +104,12 @@ class SimWorker:
         self.memory = ArrayMemory(config.engine.layout)
         self.core = build_fake_engine(config.engine, memory=self.memory)
         layout = config.engine.layout
-        self.info = WorkerInfo(
+        info = WorkerInfo(
             worker_id=config.worker_id,
             incarnation=incarnation,
             epoch=1,
             role=config.role,
-            state="ready",
+            state="starting",
             address=f"{config.worker_id}:1",
             identity=config.engine.model.identity,
             kv_fingerprint=layout.fingerprint(),
@@ -121,8 +123,7 @@ class SimWorker:
         path = f"/sim/{incarnation}"
         world.memories[path] = (config.host, self.memory)
         local = LocalMemory(path=path, nonce=incarnation.encode(), num_blocks=layout.num_blocks)
-        self.decode = DecodeMachine(self.info, layout, "xxh3_64")
-        self.prefill = PrefillMachine(self.info, layout, local, "xxh3_64")
+        self.machine = WorkerMachine(info, layout, local, "xxh3_64")
         self.cache_feed = CacheFeed()
         self.core.scheduler.blocks.cache.record_changes()
         self.hung = False
@@ -137,8 +138,25 @@ class SimWorker:
         self._remote_calls: set[str] = set()  # served with transport "grpc": pieces carry their bytes
         self._source_memory: dict[str, ArrayMemory] = {}
         self._fences: dict[str, CallFence] = {}  # of calls that we made
-        self._wake_ups: dict[str, float] = {}
+        self._switches: dict[str, Connection] = {}
+        self._wake_up_at = float("inf")
         self._beat()
+        self._do(self.machine.begin(world.clock.now))
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What it is now."""
+        return self.machine.info
+
+    @property
+    def decode(self) -> DecodeMachine:
+        """Its side as decode worker."""
+        return self.machine.decode
+
+    @property
+    def prefill(self) -> PrefillMachine:
+        """Its side as source."""
+        return self.machine.prefill
 
     # ---- the link
 
@@ -158,18 +176,20 @@ class SimWorker:
     def _from_router(self, link_id: str, message: RouterMessage) -> None:
         now = self._world.clock.now
         if isinstance(message, Dispatch):
-            self._do(self.decode.on_dispatch(now, link_id, message))
-        elif isinstance(message, AbortRequest):
-            self._do(self.decode.on_abort(now, link_id, message))
+            self._do(self.machine.on_dispatch(now, link_id, message))
         else:
-            assert isinstance(message, Release), f"a router sent {message}"
-            self._do(self.decode.on_release(now, link_id, message))
+            self._do(self.machine.on_abort(now, link_id, message))
 
     def _link_broken(self, link_id: str) -> None:
         self._links.pop(link_id, None)
-        self._do(self.decode.on_link_broken(self._world.clock.now, link_id))
+        self._do(self.machine.on_link_broken(self._world.clock.now, link_id))
 
     def _beat(self) -> None:
+        self._tell()
+        self.process.at(self._world.clock.now + HEARTBEAT_S, self._beat)
+
+    def _tell(self) -> None:
+        """A heartbeat on every link, and our entry of the registry."""
         clock = self._world.clock
         age_s = clock.now - self._step_started_at if self._step_started_at is not None else 0.0
         beat = Heartbeat(
@@ -183,12 +203,18 @@ class SimWorker:
             connection.send(1, beat)
         self._world.publish(self.info)
         self._feed(soon=True)
-        self.process.at(clock.now + HEARTBEAT_S, self._beat)
 
     def _feed(self, *, soon: bool = False) -> None:
         """Tell the routers what the prefix cache took in and gave up."""
         for link_id, news in self.cache_feed.news(self._world.clock.now, tuple(self._links), soon=soon):
             self._links[link_id].send(1, (news,))
+
+    # ---- the controller
+
+    def accept_switch(self, call_id: str, request: SwitchRequest, connection: Connection) -> None:
+        """A controller asks for another role; the reply goes back on its connection if that still stands."""
+        self._switches[call_id] = connection
+        self._do(self.machine.on_switch(self._world.clock.now, call_id, request))
 
     # ---- Fetch, as source
 
@@ -199,14 +225,14 @@ class SimWorker:
         if answer is not None:
             self._do([SendFetch(call_id=call.call_id, reply=answer), EndCall(call_id=call.call_id)])
             return
-        self._do(self.prefill.on_fetch(self._world.clock.now, call))
+        self._do(self.machine.on_fetch(self._world.clock.now, call))
 
     def _taken(self, taken: FetchTaken) -> None:
-        self._do(self.prefill.on_taken(self._world.clock.now, taken))
+        self._do(self.machine.on_taken(self._world.clock.now, taken))
 
     def _call_broken(self, call_id: str) -> None:
         self._served.pop(call_id, None)
-        self._do(self.prefill.on_call_broken(self._world.clock.now, call_id))
+        self._do(self.machine.on_call_broken(self._world.clock.now, call_id))
 
     # ---- Fetch, as receiver
 
@@ -240,14 +266,14 @@ class SimWorker:
         if isinstance(reply, FetchAccepted) and reply.local is not None:
             host, memory = self._world.memories[reply.local.path]
             if host != self.config.host:
-                self._do(self.decode.on_local_unavailable(now, call_id))
+                self._do(self.machine.on_local_unavailable(now, call_id))
                 return
             self._source_memory[call_id] = memory
-        self._do(self.decode.on_fetch_reply(now, call_id, reply))
+        self._do(self.machine.on_fetch_reply(now, call_id, reply))
 
     def _fetch_broken(self, call_id: str) -> None:
         self._fetches.pop(call_id, None)
-        self._do(self.decode.on_fetch_broken(self._world.clock.now, call_id))
+        self._do(self.machine.on_fetch_broken(self._world.clock.now, call_id))
 
     def _start_copy(self, effect: StartCopy) -> None:
         piece, faults = effect.piece, self._world.faults
@@ -264,7 +290,7 @@ class SimWorker:
         spoil = faults.spoil_of(self.info.worker_id, piece, source)
         ok = fence is not None and land(self.memory, blocks, effect, fence, source, spoil)
         faults.copy_ended(self.info.incarnation, effect, ok)
-        self._do(self.decode.on_copied(self._world.clock.now, effect.copy_id, ok))
+        self._do(self.machine.on_copied(self._world.clock.now, effect.copy_id, ok))
 
     # ---- effects
 
@@ -277,8 +303,7 @@ class SimWorker:
             if link_id in self._links:
                 self._links[link_id].send(1, tuple(entries))
         self._outbox = {}
-        self._arm("decode", self.decode)
-        self._arm("prefill", self.prefill)
+        self._arm()
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -304,6 +329,11 @@ class SimWorker:
             case EndCall():
                 if (served := self._served.pop(effect.call_id, None)) is not None:
                     served.close(1)
+            case Publish():
+                self._tell()
+            case SendSwitchReply():
+                if (switch := self._switches.pop(effect.call_id, None)) is not None:
+                    switch.send(1, effect.reply)
 
     def _send_fetch(self, call_id: str, reply: FetchReply) -> None:
         served = self._served.get(call_id)
@@ -317,19 +347,18 @@ class SimWorker:
             num_bytes = len(reply.payload)
         served.send(1, reply, num_bytes)
 
-    def _arm(self, name: str, machine: DecodeMachine | PrefillMachine) -> None:
-        at = machine.next_timer()
-        if at is None or self._wake_ups.get(name, float("inf")) <= at:
-            return
-        self._wake_ups[name] = at
-        self.process.at(at, lambda: self._wake_up(name, machine, at))
+    def _arm(self) -> None:
+        at = self.machine.next_timer()
+        if at is not None and at < self._wake_up_at:
+            self._wake_up_at = at
+            self.process.at(at, lambda: self._wake_up(at))
 
-    def _wake_up(self, name: str, machine: DecodeMachine | PrefillMachine, at: float) -> None:
-        if self._wake_ups.get(name) == at:
-            del self._wake_ups[name]
+    def _wake_up(self, at: float) -> None:
+        if self._wake_up_at == at:
+            self._wake_up_at = float("inf")
         now = self._world.clock.now
-        due = machine.next_timer()
-        self._do(machine.on_timer(now) if due is not None and due <= now else [])
+        due = self.machine.next_timer()
+        self._do(self.machine.on_timer(now) if due is not None and due <= now else [])
 
     # ---- the rank
 
@@ -356,8 +385,7 @@ class SimWorker:
 
     def _hear(self, events: StepEvents) -> None:
         now = self._world.clock.now
-        self._do(self.prefill.on_events(now, events))
-        self._do(self.decode.on_events(now, events))
+        self._do(self.machine.on_events(now, events))
         self.cache_feed.on_step(events.stored, events.evicted)
         self._feed()
 

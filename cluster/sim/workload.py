@@ -55,11 +55,12 @@ def worker(worker_id: str, engine: FakeConfig, *, host: str = "host-1") -> SimWo
 def cluster(
     *worker_ids: str, engine: FakeConfig | None = None, seed: int = 0, hosts: dict[str, str] | None = None
 ) -> SimCluster:
-    """Workers of one engine configuration, 50 ms after their start: links are up."""
+    """Workers of one engine configuration, 50 ms after the last one was ready: links are up."""
     names = worker_ids or ("prefill-1", "decode-1")
     engine = engine or fake()
     workers = tuple(worker(name, engine, host=(hosts or {}).get(name, "host-1")) for name in names)
     made = SimCluster(SimConfig(workers=workers, seed=seed))
+    assert made.run_while(lambda: any(w.info.state != "ready" for w in made.workers.values()), limit_s=60)
     made.run_for(0.05)
     return made
 

@@ -15,9 +15,7 @@ Effects come in the order in which they are to be done. `next_timer` is an absol
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from cluster.errors import BUSY, ERRORS, REFUSED
 from cluster.timers import Timers
@@ -25,38 +23,37 @@ from cluster.types import (
     NEWS_S,
     AbortRequest,
     Dispatch,
-    Entry,
     Failed,
     FetchReply,
-    News,
     Path,
     PromptScores,
     Release,
-    Stage,
     Tokens,
     WorkerInfo,
 )
+from cluster.worker.admission import decode_capacity, dispatch_trouble
 from cluster.worker.decode_request import TOKEN_BYTES, DecodeRequest, TimerKey
 from cluster.worker.effects import Effect, SendEntry, ToEngine
+from cluster.worker.giving_away import GivingAway
 from cluster.worker.pull import Puller
 from engine.kv.layout import KVLayout
-from engine.messages import Abort, Add, NewTokens, NoSpace, Probed, PromptLogprobs, PullClosed, Reserved, StepEvents
+from engine.messages import (
+    Abort,
+    Add,
+    Load,
+    NewTokens,
+    NoSpace,
+    Paused,
+    Probed,
+    PromptLogprobs,
+    PullClosed,
+    Reserved,
+    StepEvents,
+)
 from engine.request import FinishReason
 
 REMEMBERED_ATTEMPTS = 8192
 _PREFIX = "d:"  # of every engine id of this machine
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeStatus:
-    """One live request, for /status and `explain`."""
-
-    request_id: str
-    attempt: int
-    stage: Stage
-    path: Path | None
-    source: str | None
-    computed_tokens: int
 
 
 class DecodeMachine:
@@ -77,6 +74,9 @@ class DecodeMachine:
         self._by_engine_id: dict[str, DecodeRequest] = {}
         self._attempts: OrderedDict[str, int] = OrderedDict()
         self._num_names = 0
+        self._load = Load()
+        self._giving = GivingAway(self._drop)
+        self._num_finished = 0
         self._puller = Puller(info, layout, checksum_algorithm, self._timers, self.counters, self)
 
     # ---- from the routers
@@ -95,7 +95,7 @@ class DecodeMachine:
         if (older := self._requests.get(dispatch.request_id)) is not None:
             effects += self._drop(older)
         self._remember(dispatch.request_id, dispatch.attempt)
-        if trouble := self._trouble(dispatch):
+        if trouble := dispatch_trouble(dispatch, self.info):
             return [*effects, self._failure(link_id, dispatch, *trouble)]
         if self.num_live >= decode_capacity(self.info):
             self.counters["busy"] += 1
@@ -167,7 +167,8 @@ class DecodeMachine:
             if request is None:
                 continue  # an earlier timer of this round ended it
             if kind == "deadline":
-                effects += self.fail(request, "deadline_exceeded", "")
+                gone = request.given_away
+                effects += self._drop(request) if gone else self.fail(request, "deadline_exceeded", "")
             elif kind == "news":
                 effects.append(self._news(now, request))
             else:
@@ -183,6 +184,7 @@ class DecodeMachine:
     def on_events(self, now: float, events: StepEvents) -> list[Effect]:
         """What one step of the rank brought."""
         self._timers.note(now)
+        self._load = events.load
         effects: list[Effect] = []
         for reply in events.replies:
             if isinstance(reply, Probed | Reserved | NoSpace) and reply.request_id.startswith(_PREFIX):
@@ -192,6 +194,9 @@ class DecodeMachine:
         for tokens in events.tokens:
             if tokens.request_id.startswith(_PREFIX):
                 effects += self._on_tokens(now, tokens)
+        for reply in events.replies:  # after the tokens: those of the last step belong to the request still
+            if isinstance(reply, Paused) and (paused := self._by_engine_id.get(reply.request_id)) is not None:
+                effects += self._giving.on_paused(paused, reply)
         return self._admit(now, effects + self._puller.on_free_blocks(events.load.num_free_blocks))
 
     def _on_reply(self, now: float, reply: Probed | Reserved | NoSpace) -> list[Effect]:
@@ -233,6 +238,7 @@ class DecodeMachine:
             if request.closed_at is not None:
                 self.handoff_ms.append((now - request.closed_at) * 1000)
         request.answered.add(choice)
+        request.num_outputs = tokens.first_position + len(tokens.token_ids)
         entry = Tokens(
             request_id=request.request_id,
             attempt=request.dispatch.attempt,
@@ -249,8 +255,40 @@ class DecodeMachine:
         if tokens.finish_reason is not None:
             del request.running[tokens.request_id]
             if not request.running:
+                self._num_finished += 1
                 self._forget(request)
-        return [SendEntry(link_id=request.link_id, entry=entry), *(ToEngine(command=add) for add in held)]
+        effects: list[Effect] = [SendEntry(link_id=request.link_id, entry=entry)]
+        effects += [ToEngine(command=add) for add in held]
+        if tokens.finish_reason is not None:
+            return effects + self._giving.on_finished(request)
+        return effects + (self._giving.consider(request, self.info.profile, self._load) if first else [])
+
+    # ---- giving requests away (giving_away.py says which)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is left here but what is pinned for other workers."""
+        return all(request.given_away for request in self._requests.values())
+
+    @property
+    def tally(self) -> tuple[int, int]:
+        """Requests given away, and requests finished here, ever."""
+        return self._giving.num_moved, self._num_finished
+
+    def give_away(self, now: float) -> list[Effect]:
+        """Let every request finish here or move, whichever is sooner, until `keep`."""
+        self._timers.note(now)
+        self._giving.active = True
+        profile, load = self.info.profile, self._load
+        return [
+            effect
+            for request in list(self._requests.values())
+            for effect in self._giving.consider(request, profile, load)
+        ]
+
+    def keep(self) -> None:
+        """Give away no more; what has been paused is given away still."""
+        self._giving.active = False
 
     # ---- what a pull reports (PullOwner)
 
@@ -316,34 +354,9 @@ class DecodeMachine:
             effects = effects + self._puller.begin(now, head)
         return effects
 
-    def status(self) -> tuple[DecodeStatus, ...]:
+    def status(self) -> tuple[DecodeRequest, ...]:
         """The live requests."""
-        return tuple(
-            DecodeStatus(
-                request_id=request.request_id,
-                attempt=request.dispatch.attempt,
-                stage=request.stage,
-                path=request.path,
-                source=request.call.source.worker_id if request.call else None,
-                computed_tokens=request.computed_tokens,
-            )
-            for request in self._requests.values()
-        )
-
-    def _trouble(self, dispatch: Dispatch) -> tuple[str, str] | None:
-        """What the router should have caught; a bad id or length would take the rank down with everybody's requests."""
-        parts = [dispatch.prompt, *(choice.outputs for choice in dispatch.choices)]
-        if not dispatch.prompt or not dispatch.choices or any(len(part) % TOKEN_BYTES for part in parts):
-            return "invalid_value", "The prompt is empty or malformed."
-        if len({choice.index for choice in dispatch.choices}) != len(dispatch.choices):
-            return "invalid_value", "Two choices have the same index."
-        ids = np.frombuffer(b"".join(parts), dtype="<i4")
-        if int(ids.min()) < 0 or (self.info.vocab_size and int(ids.max()) >= self.info.vocab_size):
-            return "invalid_value", "A token id is outside the vocabulary."
-        longest = max(len(dispatch.prompt) + len(choice.outputs) for choice in dispatch.choices) // TOKEN_BYTES
-        if self.info.max_model_len and longest >= self.info.max_model_len:
-            return "context_length_exceeded", ""
-        return None
+        return tuple(self._requests.values())
 
     def _drop(self, request: DecodeRequest) -> list[Effect]:
         effects: list[Effect]
@@ -377,21 +390,9 @@ class DecodeMachine:
 
     def _news(self, now: float, request: DecodeRequest) -> Effect:
         self._timers.set((request.request_id, "news"), now + NEWS_S)
-        entry: Entry = News(
-            request_id=request.request_id,
-            attempt=request.dispatch.attempt,
-            stage=request.stage,
-            computed_tokens=request.computed_tokens,
-            queue_ms=request.queue_ms,
-        )
-        return SendEntry(link_id=request.link_id, entry=entry)
+        return SendEntry(link_id=request.link_id, entry=request.news())
 
     def _failure(self, link_id: str, dispatch: Dispatch, code: str, message: str) -> Effect:
         message = message or (ERRORS[code].message if code in ERRORS else "")
         failed = Failed(request_id=dispatch.request_id, attempt=dispatch.attempt, code=code, message=message)
         return SendEntry(link_id=link_id, entry=failed)
-
-
-def decode_capacity(info: WorkerInfo) -> int:
-    """Choices that a decode worker takes at once: a full batch and a small queue behind it."""
-    return info.max_num_seqs + max(2, info.max_num_seqs // 4)

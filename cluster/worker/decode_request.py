@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.types import Dispatch, Path, SourceFailed, SourceFailure, SourceRef, Stage
+from cluster.types import Dispatch, News, Path, SourceFailed, SourceFailure, SourceRef, Stage
 from cluster.worker.effects import Effect, SendEntry
 from cluster.worker.reservation import Reservation
 from cluster.worker.source_call import SourceCall
@@ -45,6 +45,10 @@ class DecodeRequest:
     computed_tokens: int = 0
     queue_ms: int = 0
     closed_at: float | None = None
+    num_outputs: int = 0  # of the choice that moved on last, earlier attempts' too
+    pausing: bool = False
+    paused: dict[str, int] = field(default_factory=dict)  # engine id -> tokens held
+    given_away: bool = False  # Moved has left: pinned until Release, the deadline or the link's end
 
     @property
     def request_id(self) -> str:
@@ -60,6 +64,16 @@ class DecodeRequest:
     def num_wanted(self) -> int:
         """n - 1: the last known token is always run here."""
         return len(self.tokens) // TOKEN_BYTES - 1
+
+    def news(self) -> News:
+        """Where it stands before its first token."""
+        return News(
+            request_id=self.request_id,
+            attempt=self.dispatch.attempt,
+            stage=self.stage,
+            computed_tokens=self.computed_tokens,
+            queue_ms=self.queue_ms,
+        )
 
 
 # what counts against the pair: not that a source is busy, has moved, or cannot take this one prompt

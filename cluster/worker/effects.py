@@ -1,6 +1,8 @@
 """What the worker's state machines want done. The shell (worker/service.py, or sim/ on the virtual clock) does it.
 
-The machines are pure: each call takes `now` (monotonic seconds) and a message and returns effects, in order.
+The machines are pure: each call takes `now` (monotonic seconds) and a message and returns effects, in order. The shell
+talks to WorkerMachine (worker/machine.py), which hands on to these two and adds begin(now), on_switch(now, call_id,
+SwitchRequest) and retire(now).
 
     DecodeMachine (worker/decode.py)                        PrefillMachine (worker/prefill.py)
       on_dispatch(now, link_id, Dispatch)                     on_fetch(now, FetchOpen)
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.types import Entry, FetchOpen, FetchReply, FetchTaken, Piece, SourceRef
+from cluster.types import Entry, FetchOpen, FetchReply, FetchTaken, Piece, SourceRef, SwitchReply, WorkerInfo
 from engine.messages import Command
 
 
@@ -94,4 +96,34 @@ class EndCall:
     call_id: str
 
 
-Effect = ToEngine | SendEntry | OpenFetch | SendTaken | CloseFetch | StartCopy | SendFetch | EndCall
+# ---- the role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publish:
+    """Role, state or epoch changed: tell every router and the registry now."""
+
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendSwitchReply:
+    """A switch is over, or refused. The caller may be gone."""
+
+    call_id: str
+    reply: SwitchReply
+
+
+RoleEffect = ToEngine | Publish | SendSwitchReply
+Effect = (
+    ToEngine
+    | SendEntry
+    | OpenFetch
+    | SendTaken
+    | CloseFetch
+    | StartCopy
+    | SendFetch
+    | EndCall
+    | Publish
+    | SendSwitchReply
+)

@@ -29,10 +29,9 @@ def starting_info(spec: WorkerSpec) -> WorkerInfo:
 
 
 def describe_ready(info: WorkerInfo, ready: RankReady, layout: KVLayout) -> WorkerInfo:
-    """The same worker, with its engine warm."""
+    """The same worker, with its engine warm. Its canaries make it ready (worker/role.py)."""
     return replace(
         info,
-        state="ready",
         identity=ready.identity,
         kv_fingerprint=layout.fingerprint(),
         numerics_class=ready.numerics_class,

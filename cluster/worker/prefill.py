@@ -25,6 +25,7 @@ from cluster.types import (
     NEWS_S,
     FetchAccepted,
     FetchBusy,
+    FetchMoved,
     FetchNews,
     FetchOfferedAll,
     FetchOpen,
@@ -56,12 +57,13 @@ PIECE_BYTES = 8 << 20
 WINDOW_BYTES = 64 << 20
 PEER_FRACTION = 0.75  # of the pool, that calls of one receiver may pin
 BUSY_RETRY_MS = 100
+FINISH_MS = 20.0  # what is left of a call that a worker still computes when its role changes
 TOKEN_BYTES = 4
 _MAX_MS_PER_TOKEN = 1000.0
 _SERVING_STATES = ("ready", "draining", "switching", "verifying")  # it holds KV that others may need meanwhile
 
-_TimerKind = Literal["deadline", "news", "taken", "engine"]
-_KINDS: tuple[_TimerKind, ...] = ("deadline", "news", "taken", "engine")
+_TimerKind = Literal["deadline", "news", "taken", "engine", "role"]
+_KINDS: tuple[_TimerKind, ...] = ("deadline", "news", "taken", "engine", "role")
 
 
 class PrefillMachine:
@@ -93,6 +95,7 @@ class PrefillMachine:
         self._timers: Timers[tuple[str, _TimerKind]] = Timers()
         self._ms_per_token = 0.0
         self._last_step_at: float | None = None
+        self._gives_away = False
 
     @property
     def num_calls(self) -> int:
@@ -110,6 +113,9 @@ class PrefillMachine:
         if trouble := self._trouble(call):
             self.counters["refused"] += 1
             return self._turn_away(call.call_id, FetchRefused(code=trouble[0], message=trouble[1]))
+        if self._gives_away and call.max_compute_tokens != 0:
+            self.counters["sent_on"] += 1
+            return self._turn_away(call.call_id, FetchMoved())
         num_blocks = self._layout.blocks_for(call.end)
         pinned = [c.num_blocks for c in self._calls.values() if c.open.receiver_id == call.receiver_id]
         if pinned and sum(pinned) + num_blocks > self._max_peer_blocks:
@@ -206,6 +212,9 @@ class PrefillMachine:
             if kind == "news":
                 effects += self._news(now, call)
                 continue
+            if kind == "role":
+                effects += self._send_on(call) if self._gives_away and not call.done else []
+                continue
             self.counters[f"cut_off_{kind}"] += 1
             effects += [*self._end(call), EndCall(call_id=call_id)]
         return effects
@@ -213,6 +222,39 @@ class PrefillMachine:
     def next_timer(self) -> float | None:
         """The absolute monotonic second at which on_timer is to be called, or None."""
         return self._timers.next()
+
+    # ---- another role
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is computed for others. What they are still reading may be read under any role."""
+        return all(call.done or call.open.max_compute_tokens == 0 for call in self._calls.values())
+
+    def give_away(self, now: float) -> list[Effect]:
+        """Compute no more for others: what is nearly done finishes, the rest ends with Moved; receivers keep what they
+        have. Until `keep`.
+        """
+        self._timers.note(now)
+        self._gives_away = True
+        effects: list[Effect] = []
+        for call in list(self._calls.values()):
+            num_left = call.open.end - call.computed_tokens + call.queued_tokens
+            if call.done or call.open.max_compute_tokens == 0:
+                continue
+            if num_left * self._ms_per_token <= FINISH_MS:
+                self._timers.set((call.call_id, "role"), now + 2 * FINISH_MS / 1000)
+            else:
+                effects += self._send_on(call)
+        return effects
+
+    def _send_on(self, call: ServedCall) -> list[Effect]:
+        self.counters["sent_on"] += 1
+        moved = SendFetch(call_id=call.call_id, reply=FetchMoved())
+        return [moved, EndCall(call_id=call.call_id), *self._end(call)]
+
+    def keep(self) -> None:
+        """Compute for others again."""
+        self._gives_away = False
 
     # ---- inside
 
@@ -304,7 +346,7 @@ class PrefillMachine:
         busy = events.load.num_running or events.load.num_waiting or events.load.num_served
         self._last_step_at = now if busy else None  # time without work is nobody's step
 
-    def _turn_away(self, call_id: str, reply: FetchBusy | FetchRefused) -> list[Effect]:
+    def _turn_away(self, call_id: str, reply: FetchBusy | FetchMoved | FetchRefused) -> list[Effect]:
         return [SendFetch(call_id=call_id, reply=reply), EndCall(call_id=call_id)]
 
     def _end(self, call: ServedCall) -> list[Effect]:

@@ -1,10 +1,11 @@
 """The worker's network process: the shell around the state machines. It moves messages and bytes and decides nothing.
 
-    routers  --link-->  DecodeMachine  --Fetch-->  sources         effects of the machines, done here, in order:
-    receivers --Fetch-> PrefillMachine                             rank, links, calls, copies
-    rank --StepEvents-> both                                       one flush of the links per event
+    routers   --link--->  WorkerMachine  --Fetch-->  sources       effects of the machine, done here, in order:
+    receivers --Fetch-->  (decode, prefill, role)                  rank, links, calls, copies
+    controller --Switch->       ^ StepEvents of the rank           one flush of the links per event
 
-Life cycle: starting (server up, rank loading) -> ready -> draining (signal) -> gone; or, when the rank dies, failed:
+Life cycle: starting (server up, rank loading, canaries) -> ready (and switches: worker/role.py) -> draining (signal) ->
+gone; or, when the rank dies, failed:
 links broken, which fails their requests at the routers, and exit code 1. Everything runs in one event loop; copies and
 packing run in threads. Torch-free.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,11 +24,11 @@ from cluster.rpc.fetch_client import FetchCalls
 from cluster.rpc.fetch_server import FetchServicer
 from cluster.rpc.link_server import LinkServicer
 from cluster.rpc.server import WorkerServer
+from cluster.rpc.switch_server import SwitchMethod
 from cluster.spec import WorkerSpec
 from cluster.transfer.connector import CallFence, SourceUnreachableError
 from cluster.transfer.copies import Copies
 from cluster.types import (
-    AbortRequest,
     Dispatch,
     Failed,
     FetchAccepted,
@@ -37,25 +39,28 @@ from cluster.types import (
     Heartbeat,
     Piece,
     RouterMessage,
+    SwitchReply,
+    SwitchRequest,
     Transport,
     WorkerInfo,
 )
 from cluster.worker.cache_feed import CacheFeed
-from cluster.worker.decode import DecodeMachine
 from cluster.worker.effects import (
     CloseFetch,
     Effect,
     EndCall,
     OpenFetch,
+    Publish,
     SendEntry,
     SendFetch,
+    SendSwitchReply,
     SendTaken,
     StartCopy,
     ToEngine,
 )
 from cluster.worker.engine_loop import EngineLoop, layout_of, map_kv_memory
 from cluster.worker.identity import describe_ready, starting_info
-from cluster.worker.prefill import PrefillMachine
+from cluster.worker.machine import WorkerMachine
 from cluster.worker.transports import Transports
 from engine.messages import Load, RankProgress, RankReady, StepEvents
 
@@ -80,7 +85,7 @@ class WorkerService:
         self._on_dead = on_dead
         self._info = starting_info(spec)
         self._load = Load()
-        self._links = LinkServicer(self, spec.link_outbox_tokens)
+        self._links = LinkServicer(self, spec.link_outbox_tokens, SwitchMethod(self))
         self._sources = FetchServicer(self)
         self._server = WorkerServer(self._links, self._sources, host=spec.host, port=spec.port)
         self._engine = EngineLoop(spec.engine, spec.fake, self)
@@ -88,8 +93,8 @@ class WorkerService:
         self._calls = FetchCalls(self)
         self._transports = Transports(spec.transports)
         self._copies = Copies(self._transports.connectors, self._on_copied)
-        self._decode: DecodeMachine | None = None
-        self._prefill: PrefillMachine | None = None
+        self._machine: WorkerMachine | None = None
+        self._switches: dict[str, asyncio.Future[SwitchReply]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._healthy: asyncio.Task[None] | None = None
@@ -100,26 +105,27 @@ class WorkerService:
         """Listen and start the rank. Raises OSError if the port is taken."""
         address = await self._server.start()
         self._engine.start()
-        self._set_info(address=address)
+        self._set_info(replace(self._info, address=address))
 
     @property
     def num_live(self) -> int:
         """Requests and served calls that are not over."""
-        decode = self._decode.num_live if self._decode else 0
-        return decode + (self._prefill.num_calls if self._prefill else 0)
+        return self._machine.num_live if self._machine else 0
 
     async def begin_drain(self) -> None:
         """Take no new request; what runs goes on."""
         await self._server.set_serving(False)
-        self._set_info(state="draining")
-        self.beat()
+        if self._machine is not None:
+            self._do(self._machine.retire(time.monotonic()))
 
     async def close(self, reason: str) -> None:
         """End links, calls and the rank, in this order."""
         await self._server.set_serving(False)
         self._links.break_all(reason)
         await self._server.stop(0.2)  # long enough for the reason to reach the routers
-        self._decode = self._prefill = None
+        self._machine = None
+        for waiting in self._switches.values():
+            waiting.cancel()
         if self._timer is not None:
             self._timer.cancel()
         await self._calls.close()
@@ -135,7 +141,7 @@ class WorkerService:
             load=self._load,
             step_count=self._engine.step_count,
             step_age_ms=self._engine.step_age_ms(),
-            peers=self._prefill.peers.rates() if self._prefill else (),
+            peers=self._machine.prefill.peers.rates() if self._machine else (),
         )
         self._links.send_heartbeat(heartbeat)
         self._do(self._feed(time.monotonic(), soon=True))
@@ -145,11 +151,9 @@ class WorkerService:
         news = self._cache_feed.news(now, self._links.link_ids, soon=soon)
         return [SendEntry(link_id=link_id, entry=entry) for link_id, entry in news]
 
-    def _set_info(self, **changes: object) -> None:
-        self._info = replace(self._info, **changes)  # type: ignore[arg-type]  # names of WorkerInfo's fields
-        if self._decode is not None and self._prefill is not None:
-            self._decode.info = self._prefill.info = self._info
-        self._on_state(self._info)
+    def _set_info(self, info: WorkerInfo) -> None:
+        self._info = info
+        self._on_state(info)
 
     # ---- the rank (EngineHandler)
 
@@ -164,24 +168,21 @@ class WorkerService:
         self._load = Load(num_blocks=layout.num_blocks - 1, num_free_blocks=layout.num_blocks - 1)
         info = describe_ready(self._info, ready, layout)
         local = self._transports.local_memory(ready)
-        self._decode = DecodeMachine(info, layout, ready.checksum_algorithm)
-        self._prefill = PrefillMachine(info, layout, local, ready.checksum_algorithm)
-        self._set_info(**info.__dict__)
-        self._healthy = asyncio.get_running_loop().create_task(self._server.set_serving(True))
-        self.beat()
-        self._arm_timer()
+        self._machine = WorkerMachine(info, layout, local, ready.checksum_algorithm)
+        self._set_info(info)
+        self._do(self._machine.begin(time.monotonic()))
 
     def on_step_events(self, events: StepEvents) -> None:
         """See EngineHandler."""
         self._load = events.load
         self._cache_feed.on_step(events.stored, events.evicted)
-        if self._decode is not None and self._prefill is not None:
+        if self._machine is not None:
             now = time.monotonic()
-            self._do([*self._decode.on_events(now, events), *self._prefill.on_events(now, events), *self._feed(now)])
+            self._do([*self._machine.on_events(now, events), *self._feed(now)])
 
     def on_death(self, reason: str) -> None:
         """See EngineHandler."""
-        self._set_info(state="failed")
+        self._set_info(replace(self._info, state="failed"))
         self._on_dead(reason)
 
     # ---- routers (LinkHandler)
@@ -192,22 +193,33 @@ class WorkerService:
 
     def on_router_message(self, link_id: str, message: RouterMessage) -> None:
         """See LinkHandler."""
-        if self._decode is None:
+        if self._machine is None:
             if isinstance(message, Dispatch):
                 self._refuse(link_id, message)
             return
         now = time.monotonic()
         if isinstance(message, Dispatch):
-            self._do(self._decode.on_dispatch(now, link_id, message))
-        elif isinstance(message, AbortRequest):
-            self._do(self._decode.on_abort(now, link_id, message))
+            self._do(self._machine.on_dispatch(now, link_id, message))
         else:
-            self._do(self._decode.on_release(now, link_id, message))
+            self._do(self._machine.on_abort(now, link_id, message))
 
     def on_link_broken(self, link_id: str) -> None:
         """See LinkHandler."""
-        if self._decode is not None:
-            self._do(self._decode.on_link_broken(time.monotonic(), link_id))
+        if self._machine is not None:
+            self._do(self._machine.on_link_broken(time.monotonic(), link_id))
+
+    async def switch(self, request: SwitchRequest) -> SwitchReply:
+        """See SwitchHandler."""
+        if self._machine is None:
+            return SwitchReply(outcome="refused", info=self._info, reason=f"the worker is {self._info.state}")
+        call_id = secrets.token_hex(8)
+        reply: asyncio.Future[SwitchReply] = asyncio.get_running_loop().create_future()
+        self._switches[call_id] = reply
+        try:
+            self._do(self._machine.on_switch(time.monotonic(), call_id, request))
+            return await reply
+        finally:
+            del self._switches[call_id]
 
     def _refuse(self, link_id: str, dispatch: Dispatch) -> None:
         message = f"the worker is {self._info.state}"
@@ -218,21 +230,21 @@ class WorkerService:
 
     def on_fetch(self, call: FetchOpen) -> None:
         """See FetchHandler."""
-        if self._prefill is None or not self._transports.can_serve:
+        if self._machine is None or not self._transports.can_serve:
             refused = FetchRefused(code="state", message=f"the worker is {self._info.state} or its KV is out of reach")
             self._do([SendFetch(call_id=call.call_id, reply=refused), EndCall(call_id=call.call_id)])
             return
-        self._do(self._prefill.on_fetch(time.monotonic(), self._transports.offered(call)))
+        self._do(self._machine.on_fetch(time.monotonic(), self._transports.offered(call)))
 
     def on_taken(self, taken: FetchTaken) -> None:
         """See FetchHandler."""
-        if self._prefill is not None:
-            self._do(self._prefill.on_taken(time.monotonic(), taken))
+        if self._machine is not None:
+            self._do(self._machine.on_taken(time.monotonic(), taken))
 
     def on_call_broken(self, call_id: str) -> None:
         """See FetchHandler."""
-        if self._prefill is not None:
-            self._do(self._prefill.on_call_broken(time.monotonic(), call_id))
+        if self._machine is not None:
+            self._do(self._machine.on_call_broken(time.monotonic(), call_id))
 
     def pack(self, transport: Transport, piece: Piece) -> Piece:
         """See FetchHandler."""
@@ -242,7 +254,7 @@ class WorkerService:
 
     def on_fetch_reply(self, call: FetchOpen, reply: FetchReply) -> None:
         """See FetchCallHandler."""
-        if self._decode is None:
+        if self._machine is None:
             return
         now = time.monotonic()
         if isinstance(reply, FetchAccepted):
@@ -251,19 +263,19 @@ class WorkerService:
                 self._copies.begin_call(reply, fence)
             except SourceUnreachableError as error:
                 _log.info("call %s: %s", call.call_id, error)
-                self._do(self._decode.on_local_unavailable(now, call.call_id))
+                self._do(self._machine.on_local_unavailable(now, call.call_id))
                 return
-        self._do(self._decode.on_fetch_reply(now, call.call_id, reply))
+        self._do(self._machine.on_fetch_reply(now, call.call_id, reply))
 
     def on_fetch_broken(self, call: FetchOpen) -> None:
         """See FetchCallHandler."""
         self._copies.end_call(call.call_id)
-        if self._decode is not None:
-            self._do(self._decode.on_fetch_broken(time.monotonic(), call.call_id))
+        if self._machine is not None:
+            self._do(self._machine.on_fetch_broken(time.monotonic(), call.call_id))
 
     def _on_copied(self, copy_id: int, ok: bool) -> None:
-        if self._decode is not None:
-            self._do(self._decode.on_copied(time.monotonic(), copy_id, ok))
+        if self._machine is not None:
+            self._do(self._machine.on_copied(time.monotonic(), copy_id, ok))
 
     # ---- effects and time
 
@@ -292,13 +304,24 @@ class WorkerService:
                 self._sources.send(call_id, reply)
             case EndCall(call_id=call_id):
                 self._sources.end(call_id)
+            case Publish(info=info):
+                self._publish(info)
+            case SendSwitchReply(call_id=call_id, reply=switched):
+                if (waiting := self._switches.get(call_id)) is not None and not waiting.done():
+                    waiting.set_result(switched)
+
+    def _publish(self, info: WorkerInfo) -> None:
+        if info.state == "ready" and self._info.state == "starting":
+            self._healthy = asyncio.get_running_loop().create_task(self._server.set_serving(True))
+        self._set_info(info)
+        self.beat()
 
     def _arm_timer(self) -> None:
-        if self._decode is None or self._prefill is None:
+        if self._machine is None:
             return
         now = time.monotonic()
-        wanted = [at for at in (self._decode.next_timer(), self._prefill.next_timer()) if at is not None]
-        at = min([now + MAX_TIMER_S, *wanted])
+        wanted = self._machine.next_timer()
+        at = now + MAX_TIMER_S if wanted is None else min(now + MAX_TIMER_S, wanted)
         if self._timer is not None:
             if self._timer_at <= at:
                 return
@@ -308,8 +331,8 @@ class WorkerService:
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self._decode is None or self._prefill is None:
+        if self._machine is None:
             return
         self._transports.sweep()
         now = time.monotonic()
-        self._do([*self._decode.on_timer(now), *self._prefill.on_timer(now)])
+        self._do(self._machine.on_timer(now))

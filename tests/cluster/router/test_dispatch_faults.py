@@ -242,12 +242,14 @@ def test_many_that_lose_their_worker_come_back_before_new_ones_and_spread_out() 
     effects = d.on_worker_up(1.2, info("d1", incarnation="new"))
     now = 1.2
     while len(times) < 5 and now < 3:
-        for effect in effects:
+        waiting = list(effects)
+        while waiting:
+            effect = waiting.pop(0)
             if isinstance(effect, ToWorker) and isinstance(effect.message, Dispatch):
                 name = effect.message.request_id
                 times[name] = now
                 made = Tokens(request_id=name, attempt=effect.message.attempt, choice=0, position=0, token_ids=(9,) * 4)
-                d.on_entries(now, "d1", (made,))  # each has shown by now that it does not crash its worker
+                waiting += d.on_entries(now, "d1", (made,))  # each has shown by now that it does not crash its worker
         now = d.next_timer() or 3.0
         effects = d.on_timer(now)
     assert list(times)[-1] == "new" and len(times) == 5

@@ -18,7 +18,19 @@ from cluster.rpc.link_server import LinkServicer
 from cluster.rpc.pb import kv_source_pb2_grpc, worker_pb2
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
 from cluster.rpc.server import WorkerServer
-from cluster.types import AbortRequest, Choice, Dispatch, Entry, Heartbeat, RouterMessage, Tokens, WorkerInfo
+from cluster.rpc.switch_server import SwitchMethod
+from cluster.types import (
+    AbortRequest,
+    Choice,
+    Dispatch,
+    Entry,
+    Heartbeat,
+    RouterMessage,
+    SwitchReply,
+    SwitchRequest,
+    Tokens,
+    WorkerInfo,
+)
 from engine.request import SamplingParams
 
 INFO = WorkerInfo(worker_id="d", incarnation="1", epoch=1, role="decode", state="ready", address="")
@@ -51,6 +63,9 @@ class Worker:
 
     def on_link_broken(self, link_id: str) -> None:
         self.broken.append(link_id)
+
+    async def switch(self, request: SwitchRequest) -> SwitchReply:
+        return SwitchReply(outcome="refused", info=self.info(), reason="it has no engine")
 
 
 @dataclass
@@ -88,7 +103,7 @@ class Router:
 async def serving(
     worker: Worker, max_tokens: int = 1000, port: int = 0
 ) -> AsyncIterator[tuple[LinkServicer, WorkerServer]]:
-    servicer = LinkServicer(worker, max_tokens)
+    servicer = LinkServicer(worker, max_tokens, SwitchMethod(worker))
     server = WorkerServer(servicer, kv_source_pb2_grpc.KVSourceServicer(), host="127.0.0.1", port=port)
     worker.address = await server.start()
     try:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cluster.types import AbortRequest, Choice, Dispatch, Failed, News, PromptScores, SourceRef, Tokens, WorkerInfo
-from cluster.worker.decode import DecodeMachine, decode_capacity
+from cluster.worker.admission import decode_capacity
+from cluster.worker.decode import DecodeMachine
 from cluster.worker.effects import Effect, SendEntry, ToEngine
 from engine.kv.layout import KVLayout
 from engine.messages import Abort, Add, NewTokens, Probe, Probed, PromptLogprobs, PullClosed, Reserved, StepEvents

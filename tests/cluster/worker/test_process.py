@@ -107,7 +107,7 @@ def test_what_a_worker_says_of_itself_comes_from_its_spec_and_its_rank() -> None
     assert len(info.incarnation) == 32
     assert info.incarnation != starting_info(SPEC).incarnation
     ready = describe_ready(info, READY, LAYOUT)
-    assert (ready.state, ready.identity, ready.max_model_len) == ("ready", "model", 100)
+    assert (ready.state, ready.identity, ready.max_model_len) == ("starting", "model", 100)
     assert (ready.kv_fingerprint, ready.incarnation) == (LAYOUT.fingerprint(), info.incarnation)
 
 

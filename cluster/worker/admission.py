@@ -1,0 +1,31 @@
+"""What a decode worker takes: how much at once, and which dispatches make sense."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cluster.types import Dispatch, WorkerInfo
+from cluster.worker.decode_request import TOKEN_BYTES
+
+
+def decode_capacity(info: WorkerInfo) -> int:
+    """Choices that a decode worker takes at once: a full batch and a small queue behind it."""
+    return info.max_num_seqs + max(2, info.max_num_seqs // 4)
+
+
+def dispatch_trouble(dispatch: Dispatch, info: WorkerInfo) -> tuple[str, str] | None:
+    """What the router should have caught, as (code, message): a bad id or length would take the rank down, and with it
+    everybody's requests.
+    """
+    parts = [dispatch.prompt, *(choice.outputs for choice in dispatch.choices)]
+    if not dispatch.prompt or not dispatch.choices or any(len(part) % TOKEN_BYTES for part in parts):
+        return "invalid_value", "The prompt is empty or malformed."
+    if len({choice.index for choice in dispatch.choices}) != len(dispatch.choices):
+        return "invalid_value", "Two choices have the same index."
+    ids = np.frombuffer(b"".join(parts), dtype="<i4")
+    if int(ids.min()) < 0 or (info.vocab_size and int(ids.max()) >= info.vocab_size):
+        return "invalid_value", "A token id is outside the vocabulary."
+    longest = max(len(dispatch.prompt) + len(choice.outputs) for choice in dispatch.choices) // TOKEN_BYTES
+    if info.max_model_len and longest >= info.max_model_len:
+        return "context_length_exceeded", ""
+    return None
