@@ -71,6 +71,7 @@ class SimRouter:
         self.results: dict[str, SimResult] = {}
         self.decisions: list[Decision] = []  # every placement, unlike the dispatcher's own, which are the last ones
         self._links: dict[str, Connection] = {}
+        self._linked: dict[str, str] = {}
         self._num_links = 0
         self._wake_up_at = float("inf")
 
@@ -109,6 +110,7 @@ class SimRouter:
         )
         connection = self._world.network.connect(here, worker.accept_link(link_id))
         self._links[worker_id] = connection
+        self._linked[worker_id] = worker.info.incarnation
         worker.welcome(link_id, connection)
 
     def break_link(self, worker_id: str) -> None:
@@ -119,6 +121,10 @@ class SimRouter:
     def link(self, worker_id: str) -> Connection | None:
         """The link to a worker, standing or being made."""
         return self._links.get(worker_id)
+
+    def linked_to(self, worker_id: str) -> str:
+        """The incarnation that the newest link to a worker was made to; "" if there was none."""
+        return self._linked.get(worker_id, "")
 
     def _connect_later(self, worker_id: str) -> None:
         self.process.at(self._world.clock.now + RECONNECT_S, lambda: self.connect(worker_id))

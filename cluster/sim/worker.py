@@ -79,6 +79,7 @@ class World(Protocol):
     network: Network
     faults: Faults
     memories: dict[str, tuple[str, ArrayMemory]]
+    workers: dict[str, SimWorker]
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
         """A worker is about to perform an effect: for the journal, and for whoever waits for a stage."""
@@ -86,10 +87,6 @@ class World(Protocol):
 
     def publish(self, info: WorkerInfo) -> None:
         """A worker's entry of the registry."""
-        ...
-
-    def worker_at(self, incarnation: str) -> SimWorker | None:
-        """The live or dead worker of an incarnation."""
         ...
 
 
@@ -238,8 +235,7 @@ class SimWorker:
 
     def _open_fetch(self, effect: OpenFetch) -> None:
         call = effect.open
-        source = self._world.worker_at(effect.source.incarnation)
-        assert source is not None, "sources come from the router, which has seen them"
+        source = self._world.workers[effect.source.worker_id]  # whoever has that address now
         here = End(
             process=self.process,
             on_message=lambda reply: self._from_source(call.call_id, reply),
@@ -258,6 +254,14 @@ class SimWorker:
         self._fetches[call.call_id] = opened[0]
         self._fences[call.call_id] = CallFence(call_id=call.call_id, source_incarnation=effect.source.incarnation)
         opened[0].send(0, call)
+
+    def has_call(self, call_id: str) -> bool:
+        """Whether a call that we made stands."""
+        return call_id in self._fetches
+
+    def serves(self, call_id: str) -> bool:
+        """Whether a call that we serve stands."""
+        return call_id in self._served
 
     def _from_source(self, call_id: str, reply: FetchReply) -> None:
         now = self._world.clock.now

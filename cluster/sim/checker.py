@@ -1,0 +1,179 @@
+"""The history checker: what must hold of every run, whatever went wrong in it.
+
+1. Every admitted request ends exactly once, with the oracle's text or an error that the faults justify (`_justified`);
+   what was delivered before an error, a cancel or the router's death is a prefix of the oracle's text.
+2. One (role, state) per worker, incarnation and epoch; epochs of an incarnation never go back. (It starts with the
+   epoch that it is first ready with.)
+3. No block with two owners (owners.py), no copy into a block that is somebody else's (copies.py).
+4. Tokens are delivered only from the incarnation and attempt that the router dispatched to last.
+5. A worker runs no dispatch of another incarnation or epoch; a source serves no call for another incarnation; a switch
+   whose fences do not match is refused.
+6. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
+"""
+
+from __future__ import annotations
+
+from cluster.errors import REFUSED
+from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, ToWorker
+from cluster.sim.cluster import SimCluster
+from cluster.sim.owners import BlockOwners
+from cluster.sim.router import SimResult, SimRouter
+from cluster.sim.worker import SimWorker
+from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, WorkerInfo
+from cluster.worker.effects import Effect, SendEntry, SendFetch, StartCopy, ToEngine
+from engine.messages import Serve
+
+NO_WORKER_S = 10.0
+FAR_S = 900.0  # deadlines beyond this are none
+
+
+class Checker:
+    """A watcher of one run. `violations` in words, the first ones first."""
+
+    def __init__(self) -> None:
+        self.violations: list[str] = []
+        self.num_checks = 0
+        self._owners: dict[str, BlockOwners] = {}
+        self._facts: dict[tuple[str, int], tuple[str, str]] = {}
+        self._epochs: dict[str, int] = {}
+        self._last: dict[str, tuple[str, str, int]] = {}  # request -> (router, incarnation, attempt) dispatched last
+        self._ran_on: dict[str, set[str]] = {}  # request -> incarnations that it was dispatched to
+        self._disturbed: set[str] = set()  # incarnations that died, stood still, or whose links broke
+
+    def report(self, what: str) -> None:
+        """Note a violation."""
+        if len(self.violations) < 20:
+            self.violations.append(what)
+
+    def disturbed(self, incarnation: str) -> None:
+        """A fault hit this worker: its links may break."""
+        self._disturbed.add(incarnation)
+
+    # ---- while it runs (Watcher)
+
+    def on_worker(self, worker: SimWorker) -> None:
+        """Watch its blocks and what it is asked."""
+        self._owners[worker.info.incarnation] = BlockOwners(worker, self.report)
+        self._watch_dispatches(worker)
+        self._watch_calls(worker)
+
+    def on_info(self, info: WorkerInfo) -> None:
+        """2."""
+        fact = (info.role, "ready" if info.state == "starting" else info.state)  # it was not known before
+        if self._facts.setdefault((info.incarnation, info.epoch), fact) != fact:
+            before = self._facts[info.incarnation, info.epoch]
+            self.report(f"{info.worker_id} epoch {info.epoch} is {before} and {fact}")
+        if info.epoch < self._epochs.get(info.incarnation, 0):
+            self.report(f"{info.worker_id}: epoch {info.epoch} after {self._epochs[info.incarnation]}")
+        self._epochs[info.incarnation] = info.epoch
+
+    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
+        """3: the shadow learns of copies."""
+        if isinstance(effect, StartCopy):
+            self._owners[worker.info.incarnation].copy_started(effect)
+
+    def copy_ended(self, incarnation: str, effect: StartCopy) -> None:
+        """3: the copy has reported."""
+        self._owners[incarnation].copy_ended(effect)
+
+    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
+        """4."""
+        if isinstance(effect, Deliver):
+            self.num_checks += 1
+            tokens = effect.tokens
+            came = (router.router_id, router.speaker, tokens.attempt)
+            if self._last.get(tokens.request_id) != came:
+                self.report(f"{tokens.request_id}: tokens of {came}, dispatched to {self._last.get(tokens.request_id)}")
+        elif isinstance(effect, ToWorker):
+            if isinstance(effect.message, Dispatch):
+                dispatch = effect.message
+                older = self._last.get(dispatch.request_id)
+                if older is not None and older[2] >= dispatch.attempt:
+                    self.report(f"{dispatch.request_id}: attempt {dispatch.attempt} after {older[2]}")
+                self._last[dispatch.request_id] = (router.router_id, dispatch.incarnation, dispatch.attempt)
+                self._ran_on.setdefault(dispatch.request_id, set()).add(dispatch.incarnation)
+        elif isinstance(effect, DropLink):
+            self._disturbed.add(router.linked_to(effect.worker_id))
+        elif isinstance(effect, Ended) and effect.code == "internal_error":
+            self.report(f"{effect.request_id} ends with internal_error: {effect.message}")
+
+    def _watch_dispatches(self, worker: SimWorker) -> None:
+        """5, of dispatches."""
+        machine = worker.decode
+        inner = machine.on_dispatch
+
+        def on_dispatch(now: float, link_id: str, dispatch: Dispatch) -> list[Effect]:
+            mine = machine.info
+            effects = inner(now, link_id, dispatch)
+            self.num_checks += 1
+            if (dispatch.incarnation, dispatch.epoch) == (mine.incarnation, mine.epoch) and mine.state == "ready":
+                return effects
+            answers = [effect.entry for effect in effects if isinstance(effect, SendEntry)]
+            if not any(isinstance(entry, Failed) and entry.code == REFUSED for entry in answers):
+                self.report(
+                    f"{mine.worker_id} (epoch {mine.epoch}, {mine.state}) takes {dispatch.request_id} of epoch "
+                    f"{dispatch.epoch}, incarnation {dispatch.incarnation[:8]}"
+                )
+            return effects
+
+        machine.on_dispatch = on_dispatch  # type: ignore[method-assign]
+
+    def _watch_calls(self, worker: SimWorker) -> None:
+        """5, of calls."""
+        machine = worker.prefill
+        inner = machine.on_fetch
+
+        def on_fetch(now: float, call: FetchOpen) -> list[Effect]:
+            effects = inner(now, call)
+            if call.source_incarnation != machine.info.incarnation:
+                refused = any(isinstance(e, SendFetch) and isinstance(e.reply, FetchRefused) for e in effects)
+                served = any(isinstance(e, ToEngine) and isinstance(e.command, Serve) for e in effects)
+                if served or not refused:
+                    self.report(f"{machine.info.worker_id} serves a call for another incarnation")
+            return effects
+
+        machine.on_fetch = on_fetch  # type: ignore[method-assign]
+
+    # ---- at the end
+
+    def check_results(self, sim: SimCluster) -> None:
+        """1."""
+        for router in sim.routers:
+            for name, result in router.results.items():
+                self._check(sim, router, name, result)
+
+    def _check(self, sim: SimCluster, router: SimRouter, name: str, result: SimResult) -> None:
+        expected = sim.oracle(result.submit)
+        self.num_checks += 1
+        for choice, outputs in result.outputs.items():
+            if outputs != expected[choice][: len(outputs)]:
+                self.report(f"{name} choice {choice}: the text differs from the oracle's")
+        if result.live:
+            if router.process.alive:
+                self.report(f"{name} never ends")
+        elif result.ended_at is not None and result.code is None:
+            if result.outputs != expected:
+                self.report(f"{name} ended well without its whole text")
+        elif result.code is not None and not self._justified(name, result):
+            self.report(f"{name} ends with {result.code}, which nothing explains")
+
+    def _justified(self, name: str, result: SimResult) -> bool:
+        """Which error may follow from what.
+
+        deadline_exceeded   the client had set a deadline, and it has passed
+        decode_worker_lost  two of the incarnations that it was at were hit by a fault
+        no_worker           it found no decode worker for NO_WORKER_S, and some worker had been hit
+        """
+        assert result.ended_at is not None, "it has a code, so it has ended"
+        if result.code == "deadline_exceeded":
+            return result.submit.deadline < FAR_S and result.ended_at >= result.submit.deadline
+        if result.code == "decode_worker_lost":
+            return len(self._ran_on.get(name, set()) & self._disturbed) >= 2
+        if result.code == "no_worker":
+            return result.ended_at - result.submitted_at >= NO_WORKER_S and bool(self._disturbed)
+        return False
+
+    def check_leaks(self, sim: SimCluster) -> None:
+        """6."""
+        for leak in sim.leaks():
+            self.report(f"leak: {leak}")

@@ -1,0 +1,225 @@
+"""One seed: a cluster of at least 4 workers, 50 requests, 5 faults, 2 switches, and what the checker says of it.
+
+Everything follows from the seed alone, so that any seed can be replayed by itself. The cells of the table (fault x
+stage) are dealt out in a fixed shuffled order, five to a seed: over CELLS / 5 consecutive seeds each comes once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import numpy as np
+
+from cluster.router.effects import Submit
+from cluster.sim.chaos import CELLS, Chaos, Order
+from cluster.sim.checker import Checker
+from cluster.sim.cluster import SimCluster, SimConfig
+from cluster.sim.controller import SimController
+from cluster.sim.corruption import CorruptionCounts, Corruptor
+from cluster.sim.stages import StageWatcher
+from cluster.sim.worker import SimWorkerConfig
+from cluster.sim.workload import tokens
+from cluster.worker.effects import StartCopy
+from engine.config import EngineConfig, Role
+from engine.fake_engine import FakeConfig, FakeModel
+from engine.request import SamplingParams
+from engine.scheduler.step_cost import StepCost
+
+NUM_REQUESTS = 50
+NUM_FAULTS = 5
+NUM_SWITCHES = 2
+START_S = 0.05  # links are up
+ARRIVALS_S = 0.35
+FALLBACK_S = 0.3  # an order that found no moment of its stage strikes at the next one
+DRAIN_LIMIT_S = 120.0
+FREED_WITHIN_S = 1.0
+POLICIES = ("least-loaded", "power-of-two", "predicted", "prefix-aware", "round-robin")
+_SHUFFLED = tuple(Random(7).sample(CELLS, len(CELLS)))
+
+
+@dataclass(kw_only=True)
+class SeedReport:
+    """What one seed showed. `cells` counts (fault, stage); `codes` how requests ended."""
+
+    seed: int
+    violations: list[str]
+    cells: Counter[tuple[str, str]]
+    corruption: CorruptionCounts
+    codes: Counter[str]
+    switches: Counter[str]
+    num_tokens: int = 0
+    num_moved: int = 0
+    virtual_s: float = 0.0
+    journal: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The parts of one run."""
+
+    sim: SimCluster
+    checker: Checker
+    chaos: Chaos
+    corruptor: Corruptor
+    controller: SimController
+
+
+def run_seed(seed: int, *, trace: bool = False) -> SeedReport:
+    """One whole history. With `trace` the report has its journal."""
+    rng = Random(f"neap sim {seed}")
+    run = _build(seed, rng, trace)
+    try:
+        _play(run, rng)
+    except AssertionError as error:
+        run.checker.report(f"assertion: {error}")
+    return _report(seed, run, trace)
+
+
+def orders_of(seed: int, rng: Random) -> list[Order]:
+    """The faults of a seed."""
+    dealt = [_SHUFFLED[(seed * NUM_FAULTS + i) % len(_SHUFFLED)] for i in range(NUM_FAULTS)]
+    orders = []
+    for kind, stage in dealt:
+        not_before = START_S + 0.02 + rng.random() * ARRIVALS_S * 0.8
+        orders.append(Order(kind=kind, stage=stage, not_before=not_before, fallback_at=not_before + FALLBACK_S))
+    return orders
+
+
+def _build(seed: int, rng: Random, trace: bool) -> _Run:
+    orders = orders_of(seed, rng)
+    stages = {order.stage for order in orders}
+    config = SimConfig(
+        workers=_workers(rng, crowded="queued" in stages, full="waiting for space" in stages),
+        seed=seed,
+        policy=rng.choice(POLICIES),
+        num_routers=2,
+        journal=trace,
+    )
+    checker = Checker()
+    corruptor = Corruptor(Random(rng.random()), checker.report)
+    watchers: list[Checker | StageWatcher] = [checker]
+    sim = SimCluster(config, watchers)
+    controller = SimController(sim, Random(rng.random()), num_switches=NUM_SWITCHES, first_at=START_S + 0.05)
+    chaos = Chaos(
+        sim,
+        Random(rng.random()),
+        orders,
+        corruptor=corruptor,
+        controller=controller,
+        disturbed=checker.disturbed,
+    )
+    watchers.append(StageWatcher(sim.clock, chaos.on_moment))
+    corruptor.watch(sim)
+    spoiled_ended = sim.faults.copy_ended
+
+    def copy_ended(incarnation: str, effect: StartCopy, ok: bool) -> None:
+        checker.copy_ended(incarnation, effect)
+        spoiled_ended(incarnation, effect, ok)
+
+    sim.faults.copy_ended = copy_ended
+    return _Run(sim=sim, checker=checker, chaos=chaos, corruptor=corruptor, controller=controller)
+
+
+def _workers(rng: Random, *, crowded: bool, full: bool) -> tuple[SimWorkerConfig, ...]:
+    """Two of each role and up to two more; some on another host; small batches or pools where a stage needs them."""
+    names = ["prefill-1", "prefill-2", "decode-1", "decode-2", *rng.choice(((), (), ("decode-3",), ("prefill-3",)))]
+    num_hosts = rng.choice((1, 2))
+    max_num_seqs = 2 if crowded else rng.choice((2, 4, 8))
+    num_blocks = 20 if full else rng.choice((32, 64, 128))
+    made = []
+    for name in names:
+        role: Role = "prefill" if name.startswith("prefill") else "decode"
+        engine = EngineConfig(
+            model="fake",
+            role=role,
+            max_num_seqs=max_num_seqs,
+            max_num_served=6,
+            max_model_len=256,
+            max_step_ms=rng.choice((4.0, 8.0)),
+            steps_in_flight=1 if rng.random() < 0.5 else 0,
+        )
+        fake = FakeConfig(
+            engine=engine,
+            model=FakeModel(stop_probability=0.02),
+            speed=StepCost(fixed_ms=1.0, ms_per_token=rng.choice((0.05, 0.1, 0.2))),
+            num_blocks=num_blocks,
+            num_layers=2,
+        )
+        host = f"host-{rng.randrange(num_hosts) + 1}"
+        made.append(SimWorkerConfig(worker_id=name, role=role, engine=fake, host=host))
+    return tuple(made)
+
+
+def _requests(rng: Random) -> list[tuple[float, Submit, float | None]]:
+    """(when, what, when its client leaves or None): greedy and sampled, one and two choices, shared prefixes."""
+    prefixes = [tokens(rng, 32), tokens(rng, 48)]
+    requests = []
+    for i in range(NUM_REQUESTS):
+        at = START_S + rng.random() * ARRIVALS_S
+        prompt = (rng.choice(prefixes) if rng.random() < 0.5 else []) + tokens(rng, rng.choice((1, 9, 16, 33, 60)))
+        leaves = at + rng.random() * 0.05 if rng.random() < 0.08 else None
+        submit = Submit(
+            request_id=f"r{i}",
+            prompt=np.array(prompt, dtype="<i4").tobytes(),
+            params=SamplingParams(
+                temperature=rng.choice((0.0, 0.8)),
+                # who is not told that its client left would go on for long
+                max_tokens=140 if leaves is not None else rng.choice((1, 2, 3, 4, 5, 6, 12)),
+                n=rng.choice((1, 1, 1, 1, 2)),
+            ),
+            seeds=(),
+            deadline=1000.0,
+        )
+        seeds = tuple(rng.getrandbits(32) for _ in range(submit.params.n))
+        deadline = at + 0.01 + rng.random() * 0.3 if rng.random() < 0.06 else submit.deadline
+        requests.append((at, replace(submit, seeds=seeds, deadline=deadline), leaves))
+    return requests
+
+
+def _play(run: _Run, rng: Random) -> None:
+    sim, chaos = run.sim, run.chaos
+    for i, (at, submit, leaves) in enumerate(_requests(rng)):
+        sim.submit(submit, at=at, router=i % 2)
+        if leaves is not None:
+            sim.clock.at(leaves, lambda submit=submit: _leave(sim, submit.request_id))  # type: ignore[misc]
+    if not sim.drain(limit_s=DRAIN_LIMIT_S):
+        return  # the checker names those that never end
+    sim.run_while(lambda: run.controller.busy, limit_s=5.0)
+    sim.run_until(max(sim.clock.now, chaos.calm_at))
+    end = sim.clock.now + FREED_WITHIN_S
+    while sim.leaks() and sim.clock.now < end:
+        sim.run_for(0.05)
+    run.checker.check_leaks(sim)
+
+
+def _leave(sim: SimCluster, request_id: str) -> None:
+    for router in sim.routers:
+        if router.process.alive and request_id in router.results:
+            router.cancel(request_id)
+
+
+def _report(seed: int, run: _Run, trace: bool) -> SeedReport:
+    sim = run.sim
+    run.checker.check_results(sim)
+    run.corruptor.found_all()
+    codes: Counter[str] = Counter()
+    num_tokens = 0
+    for router in sim.routers:
+        for result in router.results.values():
+            over = result.code or ("finished" if result.ended_at is not None else "router lost")
+            codes["cancelled" if result.cancelled_at is not None else over] += 1
+            num_tokens += sum(len(outputs) for outputs in result.outputs.values())
+    return SeedReport(
+        seed=seed,
+        violations=run.checker.violations,
+        cells=run.chaos.struck,
+        corruption=run.corruptor.counts,
+        codes=codes,
+        switches=Counter(run.controller.outcomes),
+        num_tokens=num_tokens,
+        num_moved=sum(router.dispatcher.counters["moved"] for router in sim.routers),
+        virtual_s=sim.clock.now,
+        journal=sim.journal.lines() if trace else [],
+    )

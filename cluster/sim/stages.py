@@ -1,0 +1,131 @@
+"""Where every request is, and in which phase a worker's switch, for faults that wait for a moment.
+
+The stages are those of the table in cluster/worker/README.md, and "moved" (given away, not yet taken up); the phases
+are the worker states of ARCHITECTURE section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.router.effects import Ended, RouterEffect, ToWorker
+from cluster.sim.clock import VirtualClock
+from cluster.sim.router import SimRouter
+from cluster.sim.worker import SimWorker
+from cluster.types import Dispatch, Moved, Tokens, WorkerInfo
+from cluster.worker.effects import Effect, OpenFetch, SendEntry, SendTaken, StartCopy, ToEngine
+from engine.messages import Add, Probe, PullClosed, Reserve
+
+REQUEST_STAGES = (
+    "queued",
+    "probing",
+    "waiting for source",
+    "waiting for space",
+    "pulling",
+    "copying",
+    "first token",
+    "streaming",
+    "moved",
+    "last token",
+    "done",
+)
+PHASES = ("draining", "switching", "verifying")
+STAGES = (*REQUEST_STAGES, *PHASES)
+QUEUED_AFTER_S = 0.002  # a dispatch that has led to nothing for so long waits for a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A request at a stage: who decodes it, who is (or was last) its source, whose it is. In a phase: the switcher."""
+
+    stage: str
+    request_id: str = ""
+    worker_id: str = ""
+    source_id: str = ""
+    router_id: str = ""
+
+
+class StageWatcher:
+    """Tells `listener` of every moment."""
+
+    def __init__(self, clock: VirtualClock, listener: Callable[[Moment], None]) -> None:
+        self._clock = clock
+        self._listener = listener
+        self._dispatched: dict[str, tuple[str, str, int]] = {}  # request -> (router, worker, attempt)
+        self._began: set[tuple[str, int]] = set()
+        self._sources: dict[str, str] = {}
+        self._reserved: set[str] = set()
+        self._states: dict[str, str] = {}
+
+    def on_worker(self, worker: SimWorker) -> None:
+        """Nothing to see."""
+
+    def on_info(self, info: WorkerInfo) -> None:
+        """A phase begins when a worker publishes it."""
+        if self._states.get(info.incarnation, "ready") != info.state and info.state in PHASES:
+            self._listener(Moment(stage=info.state, worker_id=info.worker_id))
+        self._states[info.incarnation] = info.state
+
+    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
+        """Dispatches and ends."""
+        if isinstance(effect, ToWorker):
+            if isinstance(effect.message, Dispatch):
+                dispatch = effect.message
+                key = (dispatch.request_id, dispatch.attempt)
+                self._dispatched[dispatch.request_id] = (router.router_id, effect.worker_id, dispatch.attempt)
+                self._clock.after(QUEUED_AFTER_S, lambda: self._is_queued(key))
+        elif isinstance(effect, Ended) and effect.code is None:
+            self._tell("done", effect.request_id)
+
+    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
+        """Everything else."""
+        if isinstance(effect, ToEngine):
+            command = effect.command
+            if isinstance(command, Probe):
+                self._begin(command.request_id, "probing")
+            elif isinstance(command, Add):
+                self._begin(command.request_id, "first token")
+            elif isinstance(command, Reserve):
+                if command.add.request_id in self._reserved:
+                    self._tell("waiting for space", _owner(command.add.request_id))
+                self._reserved.add(command.add.request_id)
+            elif isinstance(command, PullClosed) and command.num_computed_tokens:
+                self._tell("first token", _owner(command.request_id))
+        elif isinstance(effect, SendEntry):
+            if isinstance(effect.entry, Tokens):
+                last = effect.entry.finish_reason is not None
+                self._tell("last token" if last else "streaming", effect.entry.request_id)
+            elif isinstance(effect.entry, Moved):
+                self._tell("moved", effect.entry.request_id)
+        elif isinstance(effect, StartCopy):
+            self._tell("copying", _owner(effect.piece.call_id))
+        elif isinstance(effect, SendTaken):
+            self._tell("pulling", _owner(effect.taken.call_id))
+        elif isinstance(effect, OpenFetch):
+            self._sources[effect.open.request_id] = effect.source.worker_id
+            self._tell("waiting for source", effect.open.request_id)
+
+    def _begin(self, engine_id: str, stage: str) -> None:
+        if engine_id.startswith("d:"):
+            _, request_id, attempt, *_ = engine_id.split(":")
+            self._began.add((request_id, int(attempt)))
+            self._tell(stage, request_id)
+
+    def _is_queued(self, key: tuple[str, int]) -> None:
+        if key not in self._began and self._dispatched[key[0]][2] == key[1]:
+            self._tell("queued", key[0])
+
+    def _tell(self, stage: str, request_id: str) -> None:
+        if request_id not in self._dispatched:
+            return
+        router_id, worker_id, _ = self._dispatched[request_id]
+        source_id = self._sources.get(request_id, "")
+        self._listener(
+            Moment(stage=stage, request_id=request_id, worker_id=worker_id, source_id=source_id, router_id=router_id)
+        )
+
+
+def _owner(name: str) -> str:
+    """The request of an engine id or call id ("d:REQUEST:attempt:..."); "" for a canary's or another's."""
+    return name.split(":", 2)[1] if name.startswith("d:") else ""
