@@ -14,6 +14,7 @@ from cluster.cli import chat as chat_command
 from cluster.cli import serve as serve_command
 from cluster.cli import status as status_command
 from cluster.cli.bench import bench_app
+from cluster.cli.eval import evaluate
 from cluster.cli.flags import flag_parameters
 from cluster.cli.foreign import foreign_parameters, our_flag_value, settle_flags
 from cluster.config import ConfigError, Sources, load_config
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app)
+app.command("eval")(evaluate)
 _FLAGS = flag_parameters()
 _FOREIGN = foreign_parameters(_FLAGS)
 
