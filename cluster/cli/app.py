@@ -12,6 +12,7 @@ import typer
 
 from cluster.cli import chat as chat_command
 from cluster.cli import serve as serve_command
+from cluster.cli import sim as sim_command
 from cluster.cli import status as status_command
 from cluster.cli.bench import bench_app
 from cluster.cli.eval import evaluate
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app)
+app.command("sim")(sim_command.sim)
 app.command("eval")(evaluate)
 _FLAGS = flag_parameters()
 _FOREIGN = foreign_parameters(_FLAGS)

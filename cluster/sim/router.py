@@ -84,12 +84,15 @@ class SimRouter:
         self.process.post(lambda: self._do(self.dispatcher.on_submit(self._world.clock.now, submit)))
 
     def cancel(self, request_id: str) -> None:
-        """The client goes away."""
+        """The client goes away; the router notices when it runs."""
+        self.process.post(lambda: self._cancel(request_id))
+
+    def _cancel(self, request_id: str) -> None:
         result = self.results[request_id]
         if result.live:
             result.cancelled_at = self._world.clock.now
             self.num_live -= 1
-        self.process.post(lambda: self._do(self.dispatcher.on_cancel(self._world.clock.now, request_id)))
+        self._do(self.dispatcher.on_cancel(self._world.clock.now, request_id))
 
     # ---- links
 

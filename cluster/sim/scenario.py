@@ -31,7 +31,7 @@ NUM_REQUESTS = 50
 NUM_FAULTS = 5
 NUM_SWITCHES = 2
 START_S = 0.05  # links are up
-ARRIVALS_S = 0.35
+ARRIVALS_S = 0.25
 FALLBACK_S = 0.3  # an order that found no moment of its stage strikes at the next one
 DRAIN_LIMIT_S = 120.0
 FREED_WITHIN_S = 1.0
@@ -158,15 +158,15 @@ def _requests(rng: Random) -> list[tuple[float, Submit, float | None]]:
     requests = []
     for i in range(NUM_REQUESTS):
         at = START_S + rng.random() * ARRIVALS_S
-        prompt = (rng.choice(prefixes) if rng.random() < 0.5 else []) + tokens(rng, rng.choice((1, 9, 16, 33, 60)))
-        leaves = at + rng.random() * 0.05 if rng.random() < 0.08 else None
+        prompt = (rng.choice(prefixes) if rng.random() < 0.5 else []) + tokens(rng, rng.choice((1, 9, 16, 24, 44)))
+        leaves = at + rng.random() * 0.03 if rng.random() < 0.08 else None
         submit = Submit(
             request_id=f"r{i}",
             prompt=np.array(prompt, dtype="<i4").tobytes(),
             params=SamplingParams(
                 temperature=rng.choice((0.0, 0.8)),
                 # who is not told that its client left would go on for long
-                max_tokens=140 if leaves is not None else rng.choice((1, 2, 3, 4, 5, 6, 12)),
+                max_tokens=140 if leaves is not None else rng.choice((1, 2, 2, 3, 4, 6, 9)),
                 n=rng.choice((1, 1, 1, 1, 2)),
             ),
             seeds=(),
