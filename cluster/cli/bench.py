@@ -1,14 +1,12 @@
-"""`neap bench router | serve | engine | routing`: fixed seeds, a table for people, `--json FILE` for machines."""
+"""`neap bench router | serve | engine | routing | role-switch`: fixed seeds, a table for people, `--json FILE` for machines."""
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cluster.bench.load import Target
@@ -17,15 +15,17 @@ from cluster.bench.router_bench import RouterBenchOptions, bench_router
 from cluster.bench.serve_bench import Targets, bench_serve
 from cluster.bench.workload import LoadOptions
 from cluster.cli.bench_engine import engine
+from cluster.cli.bench_output import bench_console, failed, write_json
+from cluster.cli.bench_roles import role_switch
 from cluster.cli.bench_routing import routing
 from cluster.config.environment import api_key as key_from_environment
 
-_WIDTH = 110  # where there is no terminal
 _SHOWN_COUNTERS = 24
 
 bench_app = typer.Typer(name="bench", help="Measure: the engine, the path around it, or a served load.")
 bench_app.command()(engine)
 bench_app.command()(routing)
+bench_app.command(name="role-switch")(role_switch)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Of prompts and arrivals; the same seed gives the same load.")]
@@ -52,7 +52,7 @@ def router(
     Every event of every answer is counted, and every eighth text is compared with the fake's oracle, event by event.
     """
     if endpoint not in ("chat", "completions"):
-        raise _fail("--endpoint: chat or completions")
+        raise failed("--endpoint: chat or completions")
     options = RouterBenchOptions(
         requests=requests,
         concurrency=concurrency,
@@ -70,9 +70,9 @@ def router(
     try:
         figures = bench_router(options)
     except RuntimeError as error:
-        raise _fail(str(error)) from error
-    _write(json, figures)
-    _console().print(router_table(figures))
+        raise failed(str(error)) from error
+    write_json(json, figures)
+    bench_console().print(router_table(figures))
     if any(figures[name]["failures"] for name in ("throughput", "crowd", "low_load")):
         raise typer.Exit(1)
 
@@ -123,9 +123,9 @@ def serve(
             with own_cluster(arguments or []) as cluster:
                 figures = bench_serve(cluster.target, load, targets, timeout_s)
     except (OSError, RuntimeError, ValueError) as error:
-        raise _fail(str(error)) from error
-    _write(json, figures)
-    console = _console()
+        raise failed(str(error)) from error
+    write_json(json, figures)
+    console = bench_console()
     console.print(serve_table(figures))
     console.print(server_table(figures))
     if figures["failures"]:
@@ -189,18 +189,3 @@ def _target(url: str, api_key: str) -> Target:
     if parts.scheme != "http" or not parts.hostname or parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError(f"--url {url}: expected http://HOST:PORT")
     return Target(host=parts.hostname, port=parts.port or 80, api_key=api_key)
-
-
-def _write(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
-
-
-def _fail(message: str) -> typer.Exit:
-    typer.echo(f"neap: {message}", err=True)
-    return typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +11,10 @@ from rich.table import Table
 
 from cluster.bench.routing import RoutingOptions, bench_routing
 from cluster.bench.routing_processes import ProcessOptions, bench_processes
+from cluster.cli.bench_output import bench_console, write_json
 from cluster.router.policies import POLICY_NAMES
 
 _DEFAULTS = RoutingOptions()
-_WIDTH = 140  # where there is no terminal
 _UNEQUAL = (
     *("goodput_per_s", "goodput_share", "ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p90_ms"),
     *("ttft_error_p50", "tpot_error_p50", "decode_only_chosen", "failures"),
@@ -62,8 +61,8 @@ def routing(
         seed=seed,
     )
     figures = bench_routing(options, tuple(policy) if policy else POLICY_NAMES)
-    _write(json, figures)
-    console = _console()
+    write_json(json, figures)
+    console = bench_console()
     title = f"two pools, one {slowdown:g} times slower: {requests} requests at {rate:g}/s; "
     title += f"goodput is ttft <= {ttft_ms:g} and tpot <= {tpot_ms:g} ms"
     console.print(_table(title, figures["unequal"], _UNEQUAL))
@@ -80,8 +79,8 @@ def _real(options: ProcessOptions, json: Path | None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         typer.echo(f"neap: {error}", err=True)
         return 1
-    _write(json, figures)
-    console = _console()
+    write_json(json, figures)
+    console = bench_console()
     title = f"real processes, one pair {options.slowdown:g} times slower: {options.requests} requests at "
     title += f"{options.rate:g}/s; goodput is ttft <= {options.ttft_ms:g} and tpot <= {options.tpot_ms:g} ms"
     rows = tuple(name for name in _UNEQUAL if name in figures["unequal"]["predicted"])
@@ -94,16 +93,6 @@ def _print_ratios(console: Console, figures: dict[str, Any]) -> None:
     if ratios := figures.get("ratios"):
         told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in ratios.items())
         console.print(f"predicted: {told}\n", highlight=False)
-
-
-def _write(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def _table(title: str, figures: dict[str, Any], rows: tuple[str, ...]) -> Table:

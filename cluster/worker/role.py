@@ -41,7 +41,7 @@ from engine.messages import (
 from engine.request import SamplingParams
 
 LEARN_S = 60.0
-CANARY_TOKENS = 4
+CANARY_TOKENS = 2  # a prefill step and a decode step
 MAX_TIMEOUT_S = 300.0
 _PREFIX = "c:"  # of every engine id and call id of a canary
 Digest = tuple[int, ...]
