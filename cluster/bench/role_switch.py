@@ -200,14 +200,15 @@ async def _candidate(target: Target, to: Role, options: RoleSwitchOptions) -> di
     deadline = loop.time() + TIMEOUT_S
     while loop.time() < deadline:
         status = await _get(target, "/status")
-        ready = [w for w in status["workers"] if w["state"] == "ready" and w["link"] == "up" and w["role"] != to]
+        workers: list[dict[str, Any]] = status["workers"]
+        ready = [w for w in workers if (w["state"], w["link"]) == ("ready", "up") and w["role"] != to]
         if to == "decode" and len(ready) > 1:
             return min(ready, key=lambda worker: worker["epoch"])
         busy = sum(worker["load"]["running"] for worker in ready)
         busiest = max(ready, key=lambda worker: worker["load"]["running"], default=None)
-        if busiest is not None and len(ready) > 1 and busy >= min(8, options.inflight):
-            if busiest["load"]["running"] >= MIN_RUNNING:
-                return busiest
+        is_busy = busiest is not None and busiest["load"]["running"] >= MIN_RUNNING and busy >= min(8, options.inflight)
+        if busiest is not None and is_busy and len(ready) > 1:
+            return busiest
         await asyncio.sleep(POLL_S)
     raise RuntimeError(f"no worker could be asked to become a {to} worker for {TIMEOUT_S:g} s")
 

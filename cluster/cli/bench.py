@@ -1,4 +1,4 @@
-"""`neap bench router | serve | engine | routing | role-switch`: fixed seeds, a table for people, `--json FILE` for machines."""
+"""`neap bench router | serve | engine | ...`: fixed seeds, a table for people, `--json FILE` for machines."""
 
 from __future__ import annotations
 
