@@ -37,6 +37,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     transports: tuple[str, ...] = ("local", "grpc")
     link_outbox_tokens: int = 65536
     log_dir: str = ""
+    failpoint: str = ""  # tests only, and no option of the cluster file: see cluster/worker/failpoints.py
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,3 +58,18 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     default_timeout_s: float = 600.0
     stream_buffer_bytes: int = 256 << 10
     require_prefill: bool = False
+
+
+class RolesSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the planner (cluster/control/planner.py) is to keep to. Shares are of 1."""
+
+    auto: bool = True
+    ttft_ms: float = 1000.0
+    tpot_ms: float = 50.0
+    interval_s: float = 1.0
+    act_at: float = 0.75
+    hysteresis: float = 0.15
+    min_role_s: float = 20.0
+    horizon_s: float = 30.0
+    max_switches: int = 4
+    switch_timeout_s: float = 10.0

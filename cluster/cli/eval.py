@@ -60,7 +60,7 @@ def evaluate(
             options = {"max_tokens": max_tokens, "concurrency": concurrency, "timeout_s": timeout_s}
             found = figures(_endpoint(url, examples, api_key=api_key or key_from_environment(), **options))
         else:
-            found = figures(_offline(model, examples, max_tokens, measures))
+            found = figures(_offline(model, examples, max_tokens))
         if json is not None:
             report = as_json(found, {"target": url or model or "embedded", "count": count, "max_tokens": max_tokens})
             json.write_text(json_module.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -72,6 +72,8 @@ def evaluate(
     if show_wrong:
         _show_wrong(found)
     _tell_failures(found)
+    if measures:
+        _measure(model, examples)
     if any(one > points for one in lost.values()):
         typer.echo(f"neap: worse than {compare} by more than {points:g} points", err=True)
         raise typer.Exit(1)
@@ -84,21 +86,32 @@ def _endpoint(url: str, examples: Sequence[Example], **options: Any) -> list[Out
     return asyncio.run(ask_endpoint(examples, AskOptions(url=base_url(url), **options), _tell))
 
 
-def _offline(model: str, examples: Sequence[Example], max_tokens: int, measures: bool) -> list[Outcome]:
+def _offline(model: str, examples: Sequence[Example], max_tokens: int) -> list[Outcome]:
     # not at the top: torch, which asking an endpoint does without
-    from engine.evaluation.offline import ask_engine, measured_lines
+    from engine.evaluation.offline import ask_engine
     from engine.llm import LLM
+
+    with LLM(_folder(model)) as llm:
+        return ask_engine(llm, examples, max_tokens=max_tokens, tell=_tell)
+
+
+def _measure(model: str, examples: Sequence[Example]) -> None:
+    from engine.evaluation.offline import measured_lines
+
+    try:
+        for line in measured_lines(_folder(model), examples):
+            typer.echo(line)
+    except ValueError as error:
+        typer.echo(f"neap: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _folder(model: str) -> Path:
     from engine.tiny.random_checkpoint import default_checkpoint
 
-    folder = default_checkpoint(cache_dir())
     if model:
-        folder = model_folder(model, progress=lines_of_progress(model, _tell))
-    with LLM(folder) as llm:
-        outcomes = ask_engine(llm, examples, max_tokens=max_tokens, tell=_tell)
-    if measures:
-        for line in measured_lines(folder, examples):
-            typer.echo(line)
-    return outcomes
+        return model_folder(model, progress=lines_of_progress(model, _tell))
+    return default_checkpoint(cache_dir())
 
 
 def _tell(line: str) -> None:

@@ -14,8 +14,8 @@ class StreamEndedError(ConnectionError):
 async def race(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Run all until the first ends, then cancel the others. Raises what the first one raised.
 
-    gRPC cancels a coroutine that reads or writes a stream which is gone; here that is a StreamEndedError, so that it
-    cannot be taken for the cancellation of the caller.
+    gRPC cancels a coroutine that reads or writes a stream which is gone, or raises InvalidStateError in one that begins
+    to; here that is a StreamEndedError, so that it cannot be taken for the caller's cancellation, or a fault of ours.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
@@ -25,6 +25,6 @@ async def race(*coroutines: Coroutine[Any, Any, None]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
-        if task.cancelled():
+        if task.cancelled() or isinstance(task.exception(), asyncio.InvalidStateError):
             raise StreamEndedError("the stream is gone")
         task.result()

@@ -187,8 +187,8 @@ class Chaos:
         ]
         return (named or [router for router in self._sim.routers if router.process.alive])[0]
 
-    def _over_at(self, for_s: float) -> None:
-        self.calm_at = max(self.calm_at, self._sim.clock.now + for_s + DETECTED_S)
+    def _over_at(self, for_s: float, detected_s: float = 0.5) -> None:
+        self.calm_at = max(self.calm_at, self._sim.clock.now + for_s + detected_s)
 
     # ---- what
 
@@ -219,7 +219,7 @@ class Chaos:
             self._disturbed(worker.info.incarnation)
         self._sim.journal.note(self._sim.clock.now, one.name, f"is cut off from {two.name} for {for_s} s")
         self._sim.network.partition(one.name, two.name, for_s, both_ways=both_ways)
-        self._over_at(for_s)
+        self._over_at(for_s, DETECTED_S)
 
     def _one_way(self, moment: Moment) -> None:
         d = self._d(moment)

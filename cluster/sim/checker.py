@@ -20,7 +20,7 @@ from cluster.sim.owners import BlockOwners
 from cluster.sim.router import SimResult, SimRouter
 from cluster.sim.worker import SimWorker
 from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, WorkerInfo
-from cluster.worker.effects import Effect, SendEntry, SendFetch, StartCopy, ToEngine
+from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, StartCopy, ToEngine
 from engine.messages import Serve
 
 NO_WORKER_S = 10.0
@@ -68,9 +68,11 @@ class Checker:
         self._epochs[info.incarnation] = info.epoch
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
-        """3: the shadow learns of copies."""
+        """2; 3: the shadow learns of copies."""
         if isinstance(effect, StartCopy):
             self._owners[worker.info.incarnation].copy_started(effect)
+        elif isinstance(effect, Publish):
+            self.on_info(effect.info)
 
     def copy_ended(self, incarnation: str, effect: StartCopy) -> None:
         """3: the copy has reported."""

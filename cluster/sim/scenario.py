@@ -17,8 +17,9 @@ from cluster.sim.chaos import CELLS, Chaos, Order
 from cluster.sim.checker import Checker
 from cluster.sim.cluster import SimCluster, SimConfig
 from cluster.sim.controller import SimController
+from cluster.sim.corruption import KINDS as CORRUPTIONS
 from cluster.sim.corruption import CorruptionCounts, Corruptor
-from cluster.sim.stages import StageWatcher
+from cluster.sim.stages import PHASES, StageWatcher
 from cluster.sim.worker import SimWorkerConfig
 from cluster.sim.workload import tokens
 from cluster.worker.effects import StartCopy
@@ -30,9 +31,10 @@ from engine.scheduler.step_cost import StepCost
 NUM_REQUESTS = 50
 NUM_FAULTS = 5
 NUM_SWITCHES = 2
+NUM_CORRUPTIONS = 2  # beside the faults
 START_S = 0.05  # links are up
 ARRIVALS_S = 0.25
-FALLBACK_S = 0.3  # an order that found no moment of its stage strikes at the next one
+FALLBACK_AT_S = START_S + 0.6  # an order that found no moment of its stage strikes at any after this
 DRAIN_LIMIT_S = 120.0
 FREED_WITHIN_S = 1.0
 POLICIES = ("least-loaded", "power-of-two", "predicted", "prefix-aware", "round-robin")
@@ -82,8 +84,9 @@ def orders_of(seed: int, rng: Random) -> list[Order]:
     dealt = [_SHUFFLED[(seed * NUM_FAULTS + i) % len(_SHUFFLED)] for i in range(NUM_FAULTS)]
     orders = []
     for kind, stage in dealt:
-        not_before = START_S + 0.02 + rng.random() * ARRIVALS_S * 0.8
-        orders.append(Order(kind=kind, stage=stage, not_before=not_before, fallback_at=not_before + FALLBACK_S))
+        early = stage in PHASES or stage == "moved"  # rare: the first one will do
+        not_before = START_S + (0.0 if early else 0.02 + rng.random() * ARRIVALS_S * 0.8)
+        orders.append(Order(kind=kind, stage=stage, not_before=not_before, fallback_at=FALLBACK_AT_S))
     return orders
 
 
@@ -101,7 +104,9 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
     corruptor = Corruptor(Random(rng.random()), checker.report)
     watchers: list[Checker | StageWatcher] = [checker]
     sim = SimCluster(config, watchers)
-    controller = SimController(sim, Random(rng.random()), num_switches=NUM_SWITCHES, first_at=START_S + 0.05)
+    controller = SimController(
+        sim, Random(rng.random()), num_switches=NUM_SWITCHES, first_at=START_S + 0.05 + rng.random() * 0.1
+    )
     chaos = Chaos(
         sim,
         Random(rng.random()),
@@ -126,25 +131,25 @@ def _workers(rng: Random, *, crowded: bool, full: bool) -> tuple[SimWorkerConfig
     """Two of each role and up to two more; some on another host; small batches or pools where a stage needs them."""
     names = ["prefill-1", "prefill-2", "decode-1", "decode-2", *rng.choice(((), (), ("decode-3",), ("prefill-3",)))]
     num_hosts = rng.choice((1, 2))
-    max_num_seqs = 2 if crowded else rng.choice((2, 4, 8))
-    num_blocks = 20 if full else rng.choice((32, 64, 128))
+    max_num_seqs = 2 if crowded else 8 if full else rng.choice((2, 4, 8))
     made = []
     for name in names:
         role: Role = "prefill" if name.startswith("prefill") else "decode"
+        fixed_ms = rng.choice((2.0, 4.0, 6.0))
         engine = EngineConfig(
             model="fake",
             role=role,
             max_num_seqs=max_num_seqs,
             max_num_served=6,
             max_model_len=256,
-            max_step_ms=rng.choice((4.0, 8.0)),
+            max_step_ms=fixed_ms + rng.choice((2.5, 5.0)),
             steps_in_flight=1 if rng.random() < 0.5 else 0,
         )
         fake = FakeConfig(
             engine=engine,
             model=FakeModel(stop_probability=0.02),
-            speed=StepCost(fixed_ms=1.0, ms_per_token=rng.choice((0.05, 0.1, 0.2))),
-            num_blocks=num_blocks,
+            speed=StepCost(fixed_ms=fixed_ms, ms_per_token=rng.choice((0.05, 0.1, 0.2))),
+            num_blocks=14 if full and role == "decode" else rng.choice((32, 64, 128)),
             num_layers=2,
         )
         host = f"host-{rng.randrange(num_hosts) + 1}"
@@ -180,6 +185,9 @@ def _requests(rng: Random) -> list[tuple[float, Submit, float | None]]:
 
 def _play(run: _Run, rng: Random) -> None:
     sim, chaos = run.sim, run.chaos
+    for _ in range(NUM_CORRUPTIONS):
+        kind = rng.choice(CORRUPTIONS)
+        sim.clock.at(START_S + rng.random() * ARRIVALS_S, lambda kind=kind: run.corruptor.arm(kind))  # type: ignore[misc]
     for i, (at, submit, leaves) in enumerate(_requests(rng)):
         sim.submit(submit, at=at, router=i % 2)
         if leaves is not None:

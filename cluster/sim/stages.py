@@ -14,7 +14,7 @@ from cluster.sim.clock import VirtualClock
 from cluster.sim.router import SimRouter
 from cluster.sim.worker import SimWorker
 from cluster.types import Dispatch, Moved, Tokens, WorkerInfo
-from cluster.worker.effects import Effect, OpenFetch, SendEntry, SendTaken, StartCopy, ToEngine
+from cluster.worker.effects import Effect, OpenFetch, Publish, SendEntry, SendTaken, StartCopy, ToEngine
 from engine.messages import Add, Probe, PullClosed, Reserve
 
 REQUEST_STAGES = (
@@ -56,16 +56,12 @@ class StageWatcher:
         self._began: set[tuple[str, int]] = set()
         self._sources: dict[str, str] = {}
         self._reserved: set[str] = set()
-        self._states: dict[str, str] = {}
 
     def on_worker(self, worker: SimWorker) -> None:
         """Nothing to see."""
 
     def on_info(self, info: WorkerInfo) -> None:
-        """A phase begins when a worker publishes it."""
-        if self._states.get(info.incarnation, "ready") != info.state and info.state in PHASES:
-            self._listener(Moment(stage=info.state, worker_id=info.worker_id))
-        self._states[info.incarnation] = info.state
+        """Nothing to see: phases are told as they begin, by Publish."""
 
     def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
         """Dispatches and ends."""
@@ -102,6 +98,9 @@ class StageWatcher:
             self._tell("copying", _owner(effect.piece.call_id))
         elif isinstance(effect, SendTaken):
             self._tell("pulling", _owner(effect.taken.call_id))
+        elif isinstance(effect, Publish):
+            if effect.info.state in PHASES:
+                self._listener(Moment(stage=effect.info.state, worker_id=effect.info.worker_id))
         elif isinstance(effect, OpenFetch):
             self._sources[effect.open.request_id] = effect.source.worker_id
             self._tell("waiting for source", effect.open.request_id)

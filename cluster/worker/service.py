@@ -59,6 +59,7 @@ from cluster.worker.effects import (
     ToEngine,
 )
 from cluster.worker.engine_loop import EngineLoop, layout_of, map_kv_memory
+from cluster.worker.failpoints import Failpoint
 from cluster.worker.identity import describe_ready, starting_info
 from cluster.worker.machine import WorkerMachine
 from cluster.worker.transports import Transports
@@ -98,6 +99,7 @@ class WorkerService:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._healthy: asyncio.Task[None] | None = None
+        self._failpoint = Failpoint(spec.failpoint) if spec.failpoint else None
 
     # ---- life
 
@@ -280,7 +282,7 @@ class WorkerService:
     # ---- effects and time
 
     def _do(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
+        for effect in effects if self._failpoint is None else self._failpoint.watch(effects):
             self._perform(effect)
         self._links.flush()
         self._arm_timer()

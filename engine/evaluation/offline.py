@@ -23,18 +23,24 @@ def ask_engine(llm: LLM, examples: Sequence[Example], *, max_tokens: int, tell: 
 
 
 def measured_lines(folder: Path, examples: Sequence[Example]) -> Iterator[str]:
-    """How evenly the experts of a small MoE checkpoint are used, and how often its MTP block agrees: for people."""
+    """How evenly the experts of a small MoE checkpoint are used, and how often its MTP block agrees: for people.
+
+    Raises ValueError for a checkpoint that the training code cannot read.
+    """
     # only here: it takes the model that training uses
     from engine.tiny.training.measures import expert_histogram, mtp_agreement
 
-    histogram = expert_histogram(folder, examples)
+    try:
+        histogram = expert_histogram(folder, examples)
+        agreement = mtp_agreement(folder, examples)
+    except (LookupError, OSError) as error:
+        raise ValueError(f"{folder} can't be measured, it is not as engine.tiny.train writes them: {error}") from error
     yield "experts' load as a multiple of the fair share, by MoE layer:"
     for layer, shares in enumerate(histogram):
-        fair = 1 / len(shares)
-        yield f"  {layer}: " + " ".join(f"{share / fair:.2f}" for share in shares)
+        yield f"  {layer}: " + " ".join(f"{share * len(shares):.2f}" for share in shares)
     loads = [share * len(shares) for shares in histogram for share in shares]
     yield f"  least {min(loads):.2f}, most {max(loads):.2f}"
-    yield f"MTP: second next token agrees in {mtp_agreement(folder, examples):.1%} of the places"
+    yield f"MTP: second next token agrees in {agreement:.1%} of the places"
 
 
 def _ask(llm: LLM, examples: list[Example], params: SamplingParams) -> list[Outcome]:
