@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from engine.text.chat_template import ERNIE_TEXT_TEMPLATE
 
 # In the order of their ids. Those of ERNIE 4.5 that are known: 0, 1, 2.
-_SPECIAL_TOKENS = (
+SPECIAL_TOKENS = (
     "<unk>",
     "<s>",
     "</s>",
@@ -28,7 +28,7 @@ _SPECIAL_TOKENS = (
     "<|im_end|>",
 )
 # Part of the answer's text: parsers look for them, so decoding keeps them.
-_MARKUP_TOKENS = ("<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>")
+MARKUP_TOKENS = ("<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>")
 _PADDED_TO = 16
 
 
@@ -37,15 +37,22 @@ def write_byte_tokenizer(path: Path) -> int:
 
     Returns the size of the vocabulary, padded to a multiple of 16; the padding decodes to nothing.
     """
-    added = (*_SPECIAL_TOKENS, *_MARKUP_TOKENS)
+    added = (*SPECIAL_TOKENS, *MARKUP_TOKENS)
     vocab = {token: index for index, token in enumerate((*added, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in _MARKUP_TOKENS])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in MARKUP_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
+    write_tokenizer_settings(path, ERNIE_TEXT_TEMPLATE)
+    return -(-len(vocab) // _PADDED_TO) * _PADDED_TO
+
+
+def write_tokenizer_settings(path: Path, chat_template: str) -> None:
+    """tokenizer_config.json and generation_config.json of a folder whose tokenizer begins with SPECIAL_TOKENS."""
+    ids = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     _write_json(
         path / "tokenizer_config.json",
         {
@@ -58,21 +65,20 @@ def write_byte_tokenizer(path: Path) -> int:
             "sep_token": "<|end_of_sentence|>",
             "mask_token": "<mask:1>",
             "clean_up_tokenization_spaces": False,
-            "chat_template": ERNIE_TEXT_TEMPLATE,
+            "chat_template": chat_template,
         },
     )
     _write_json(
         path / "generation_config.json",
         {
-            "bos_token_id": vocab["<s>"],
-            "eos_token_id": [vocab["</s>"], vocab["<|end_of_sentence|>"]],
-            "pad_token_id": vocab["<unk>"],
+            "bos_token_id": ids["<s>"],
+            "eos_token_id": [ids["</s>"], ids["<|end_of_sentence|>"]],
+            "pad_token_id": ids["<unk>"],
             "do_sample": True,
             "temperature": 0.8,
             "top_p": 0.8,
         },
     )
-    return -(-len(vocab) // _PADDED_TO) * _PADDED_TO
 
 
 def _write_json(path: Path, values: dict[str, object]) -> None:

@@ -1,0 +1,1 @@
+"""Trains the embedded model: tokenizer, batches, model, optimiser, checkpoints, measures."""
