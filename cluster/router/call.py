@@ -24,8 +24,10 @@ from cluster.router.inbox import Arrival, Inbox
 from cluster.router.openai.answers import Usage
 from cluster.router.plan import Plan
 from cluster.router.turn import Turn
+from cluster.traffic import TrafficWindow
 from cluster.types import Path
 
+TOKEN_BYTES = 4  # of a prompt: int32 each
 CallEffect = Deliver | DeliverScores | Progress | Ended
 
 
@@ -51,6 +53,7 @@ class CallContext:
     clock: Callable[[], float]
     max_blocked_bytes: int
     turn: Turn = field(default_factory=Turn)
+    traffic: TrafficWindow = field(default_factory=TrafficWindow)
 
 
 class Call:
@@ -76,6 +79,7 @@ class Call:
         self._num_open = [plan.params.n] * len(plan.prompts)
         self._cached: list[int | None] = [None] * len(plan.prompts)
         self._prompts = _PromptParts(plan) if plan.shows_prompt else None
+        self._first_token_at: dict[int, float] = {}
         self._last_token_at: dict[int, float] = {}
         self._expired = False
         self._admitted = False
@@ -107,6 +111,8 @@ class Call:
         now = context.clock()
         if plan.deadline <= now:
             raise RequestError("deadline_exceeded")
+        for prompt in plan.prompts:
+            context.traffic.on_request(now, len(prompt) // TOKEN_BYTES)
         refused = context.admission.admit(now, plan.request_id, len(plan.prompts))
         if refused is not None:
             raise UnavailableError("overloaded", retry_after_s=refused.retry_after_s)
@@ -142,18 +148,29 @@ class Call:
     def _note_tokens(self, prompt_index: int, effect: Deliver) -> None:
         if not self._has_begun:
             self._begun()
-        metrics, tokens = self._context.metrics, effect.tokens
+        metrics, traffic, tokens = self._context.metrics, self._context.traffic, effect.tokens
         if not tokens.token_ids:
             return
         now = self._context.clock()
         choice = prompt_index * self.plan.params.n + tokens.choice
+        num_tokens = len(tokens.token_ids)  # several where the link lags
         if not self._last_token_at:
             metrics.ttft.observe(now - self._started)
+            traffic.on_first_token(now, (now - self._started) * 1000, tokens.num_cached_tokens)
         if choice in self._last_token_at:
-            num_tokens = len(tokens.token_ids)  # several where the link lags
             metrics.itl.observe((now - self._last_token_at[choice]) / num_tokens, num_tokens)
+        else:
+            self._first_token_at[choice] = now
         self._last_token_at[choice] = now
-        metrics.generation_tokens.inc(len(tokens.token_ids))
+        metrics.generation_tokens.inc(num_tokens)
+        traffic.on_tokens(now, num_tokens)
+
+    def _note_end(self, choice: int, num_tokens: int) -> None:
+        first, last = self._first_token_at.get(choice), self._last_token_at.get(choice)
+        tpot_ms = None
+        if first is not None and last is not None and num_tokens > 1:
+            tpot_ms = (last - first) * 1000 / (num_tokens - 1)
+        self._context.traffic.on_end(self._context.clock(), num_tokens, tpot_ms)
 
     def _begun(self) -> None:
         if not self._has_begun:
@@ -205,6 +222,7 @@ class Call:
             self._prompts.attach(prompt_index, deltas[0])
         if deltas and (reason := deltas[-1].finish_reason) is not None:
             self._context.metrics.finished.labels(reason).inc()
+            self._note_end(prompt_index * self.plan.params.n + tokens.choice, choice.num_tokens)
             self._num_open[prompt_index] -= 1
             if not self._num_open[prompt_index]:
                 # a stop string is seen only here; D would go on. If D ended it, this is ignored

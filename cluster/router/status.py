@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import metadata
 from typing import Any
 
@@ -88,6 +89,7 @@ def status_json(service: RouterService, dispatch: DispatchStatus) -> Json:
             "max_running": service.spec.max_running,
         },
         "counters": dispatch.counters,
+        "traffic": traffic_json(service, dispatch),
         "predictions": {
             "ttft_error_p50": round(dispatch.errors.ttft_p50, 4),
             "ttft_of": dispatch.errors.num_ttft,
@@ -97,6 +99,13 @@ def status_json(service: RouterService, dispatch: DispatchStatus) -> Json:
         "breakers": [_breaker_json(breaker, by_incarnation, service.clock()) for breaker in dispatch.breakers],
         "workers": workers,
     }
+
+
+def traffic_json(service: RouterService, dispatch: DispatchStatus) -> Json:
+    """What came in and how it was served lately (cluster/traffic.py), for the controller's planner too."""
+    traffic = service.calls.traffic.traffic(service.clock(), num_queued=dispatch.num_waiting)
+    values = dataclasses.asdict(traffic).items()
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values}
 
 
 def why_json(service: RouterService, dispatch: DispatchStatus, request_id: str) -> Json:

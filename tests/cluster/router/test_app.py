@@ -105,6 +105,18 @@ def test_status_shows_workers_links_and_load(rig: Rigs) -> None:
     with_rig(rig, test)
 
 
+def test_status_tells_what_came_in_and_how_it_was_served_lately(rig: Rigs) -> None:
+    async def test(r: Any) -> None:
+        assert (await r.client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+        traffic = (await r.client.get("/status")).json()["traffic"]
+        assert (traffic["num_requests"], traffic["requests_per_s"]) == (1, 1.0)  # in its first second
+        assert traffic["mean_prompt_tokens"] == traffic["prompt_tokens_per_s"] > 0.0
+        assert traffic["output_tokens_per_s"] == 13.0 >= traffic["mean_output_tokens"] > 0.0
+        assert traffic["ttft_p90_ms"] >= 0.0 and traffic["tpot_p90_ms"] >= 0.0 and traffic["num_queued"] == 0
+
+    with_rig(rig, test)
+
+
 def test_metrics_count_what_happened(rig: Rigs) -> None:
     async def test(r: Any) -> None:
         await r.client.post("/v1/chat/completions", json=CHAT)
