@@ -15,6 +15,7 @@ from cluster.sim.router import SimResult
 from cluster.sim.workload import cluster as make_cluster
 from cluster.sim.workload import fake, submit, tokens
 from cluster.types import FetchBusy, FetchRefused
+from tests.cluster.sim.switching import ask, switch
 
 README = Path(cluster.worker.__file__).parent / "README.md"
 COLUMNS = ("stage", "event", "who frees what", "messages", "client", "path")
@@ -23,6 +24,7 @@ FOUND_WITHIN_S = 3.0
 STALL_S = 6.0
 LATE_COPY_S = 5.0
 LONG_STALL_S = 20.0
+MOVE_COPY_S = 0.2
 
 # what a word in the column "messages" looks like in the journal: who, and with which words
 EVIDENCE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -32,10 +34,20 @@ EVIDENCE: dict[str, tuple[str, tuple[str, ...]]] = {
     "CloseFetch": ("decode-1", ("CloseFetch d:target",)),
     "PullClosed(": ("decode-1", ("ToEngine PullClosed d:target",)),
     "EndServe": ("prefill-1", ("ToEngine EndServe d:target",)),
-    "Dispatch (": ("router-1", ("Dispatch target/2",)),
+    "Dispatch (attempt 2": ("router-1", ("Dispatch target/2",)),
     "DropLink": ("router-1", ("DropLink decode-1",)),
     "Failed busy": ("decode-1", ("Failed target busy",)),
     "NoSpace": ("decode-1", ("ToEngine Reserve d:target",)),
+    "Moved": ("decode-1", ("Moved target",)),
+    "Pause": ("decode-1", ("ToEngine Pause d:target",)),
+    "Dispatch (attempt 3": ("router-1", ("Dispatch target/3",)),
+    "Release": ("router-1", ("Release target",)),
+    "Abort (old rank)": ("decode-1", ("ToEngine Abort d:target",)),
+}
+# of rows of the stage "moved", whose decode worker is the second one
+MOVED_EVIDENCE = {
+    "Abort (link)": ("router-1", ("ToWorker decode-2 AbortRequest target",)),
+    "CloseFetch": ("decode-2", ("CloseFetch d:target",)),
 }
 
 
@@ -74,11 +86,16 @@ class Scenario:
             ms_per_token=0.3,
             max_step_ms=50.0 if full else 20.0,
         )
-        self.sim = make_cluster(engine=engine, seed=5, hosts={"prefill-1": source_host})
+        moved = row.stage == "moved"
+        names = ("prefill-1", "decode-1", "decode-2") if moved else ()
+        hosts = {"prefill-1": source_host, **({"decode-1": source_host} if moved else {})}
+        self.sim = make_cluster(*names, engine=engine, seed=5, hosts=hosts)
         self.background: list[str] = []
         self.num_before = 0  # journal entries before the event
         self._rng = Random(17)
-        self.target = submit("target", tokens(self._rng, 560 if full else 200), max_tokens=24, deadline=deadline)
+        self.target = submit(
+            "target", tokens(self._rng, 560 if full else 200), max_tokens=200 if moved else 24, deadline=deadline
+        )
         self._prepare()
 
     @property
@@ -95,6 +112,9 @@ class Scenario:
         elif stage == "waiting for source":
             self._add_background(1500, max_tokens=4)
             sim.run_for(0.01)
+        elif stage == "moved":
+            switch(sim, "decode-2", None)  # so that the target goes to decode-1
+            sim.run_for(0.1)
         elif stage == "waiting for space":
             name = self._add_background(480, max_tokens=400 if self.row.event == "no space for long" else 100)
             assert sim.run_while(lambda: not sim.results[name].outputs, limit_s=5)
@@ -111,9 +131,23 @@ class Scenario:
 
     def reach(self) -> float:
         """Submit the target and run until it is at the stage. Returns when that was."""
-        self.sim.router.submit(self.target)
+        self.begin()
         assert self.sim.run_while(lambda: not self._at_stage(), limit_s=20), f"never {self.row.stage}"
         return self.sim.clock.now
+
+    def begin(self) -> None:
+        """Submit the target, on its way to the stage."""
+        self.sim.router.submit(self.target)
+        if self.row.stage == "moved":
+            self._give_away()
+
+    def _give_away(self) -> None:
+        """decode-1 gives the running target away, decode-2 is back and takes it."""
+        sim = self.sim
+        assert sim.run_while(lambda: len(self.result.outputs.get(0, [])) < 5, limit_s=20)
+        ask(sim, "decode-2", "decode")
+        sim.faults.copy_s = lambda *_: MOVE_COPY_S
+        ask(sim, "decode-1", None)
 
     def _at_stage(self) -> bool:
         sim, said = self.sim, self.sim.journal.has
@@ -137,6 +171,8 @@ class Scenario:
                 return len(self.result.outputs.get(0, [])) >= 5
             case "last token":
                 return said("decode-1", "Tokens target", "length")
+            case "moved":
+                return said("decode-2", "StartCopy")
             case "done":
                 return self.result.ended_at is not None
         raise AssertionError(f"unknown stage {self.row.stage}")
@@ -157,6 +193,12 @@ def _answer(sim: SimCluster, busy: bool) -> None:
     sim.faults.answer = lambda _, call: FetchBusy(retry_ms=1) if busy else refused
 
 
+def _drain(sim: SimCluster) -> None:
+    """Give everything away, and come back after a while."""
+    ask(sim, "decode-1", None)
+    sim.clock.after(0.5, lambda: ask(sim, "decode-1", "decode"))
+
+
 EVENTS: dict[str, Callable[[SimCluster], None]] = {
     "client abort": lambda sim: sim.router.cancel("target"),
     "deadline": lambda sim: None,  # it was submitted with one
@@ -164,6 +206,10 @@ EVENTS: dict[str, Callable[[SimCluster], None]] = {
     "router dies": lambda sim: sim.kill_router(),
     "D dies": lambda sim: sim.kill_worker("decode-1", restart_after_s=0.5),
     "D stalls": lambda sim: sim.freeze_worker("decode-1", LONG_STALL_S),
+    "D drains": _drain,
+    "old D dies": lambda sim: sim.kill_worker("decode-1"),
+    "new D dies": lambda sim: sim.kill_worker("decode-2", restart_after_s=0.5),
+    "link to old D broken": lambda sim: sim.router.break_link("decode-1"),
     "source dies": lambda sim: sim.kill_worker("prefill-1"),
     "source stalls": lambda sim: sim.freeze_worker("prefill-1", STALL_S),
     "source busy": lambda sim: _answer(sim, True),
@@ -185,7 +231,7 @@ def run_row(row: Row, source_host: str = "host-1") -> tuple[Scenario, float]:
         scenario = Scenario(
             row, source_host=source_host, deadline=at + 1e-6
         )  # the same seed: the same stage at the same time
-        scenario.sim.router.submit(scenario.target)
+        scenario.begin()
         scenario.sim.run_until(at)
     assert event in ("link broken", "late copy") or row.stage == "done" or scenario.result.live
     scenario.num_before = len(scenario.sim.journal.entries)
@@ -215,7 +261,8 @@ def check_messages(scenario: Scenario) -> None:
     """Every message that the row names was sent after the event, and none if it says none."""
     row = scenario.row
     since = [(who, what) for _, who, what in scenario.sim.journal.entries[scenario.num_before :]]
-    for word, (who, words) in EVIDENCE.items():
+    evidence = {**EVIDENCE, **MOVED_EVIDENCE} if row.stage == "moved" else EVIDENCE
+    for word, (who, words) in evidence.items():
         seen = any(actor == who and all(part in what for part in words) for actor, what in since)
         if word in row.messages:
             assert seen, f"{word} was not sent"
