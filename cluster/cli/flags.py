@@ -1,7 +1,8 @@
-"""Command-line flags from the cluster file's model: one per plain option of the file, `engine`, `router` and `ray`.
+"""Command-line flags from the cluster file's model: one per plain option of the file and of its sections.
 
-A flag has its key's last word (--max-model-len is engine.max_model_len), ray's carry the section's name too. Pools and
-the fake have none: --set pools.0.workers=4. Values stay text here; the model reads them, so that all errors are its.
+A flag has its key's last word (--max-model-len is engine.max_model_len); roles', admin's and ray's carry the section's
+name too (--roles-ttft-ms). Pools and the fake have none: --set pools.0.workers=4. Values stay text here; the model
+reads them, so that all errors are its.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.config import ClusterConfig
-from cluster.config.model import EngineSection, RayConfig, RouterConfig
+from cluster.config.model import AdminConfig, EngineSection, RayConfig, RolesConfig, RouterConfig
+from cluster.config.source import flag_name
 
 _ARGUMENTS = {"model"}  # given without a flag
 _SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("", ClusterConfig, "Cluster"),
     ("engine", EngineSection, "Engine (every pool; pools.N.KEY overrides)"),
     ("router", RouterConfig, "Router"),
+    ("roles", RolesConfig, "Roles"),
+    ("admin", AdminConfig, "Admin API"),
     ("ray", RayConfig, "Ray"),
 )
 
@@ -32,7 +36,7 @@ def flag_parameters() -> dict[str, tuple[str, inspect.Parameter]]:
         for name, field in model.model_fields.items():
             if name in _ARGUMENTS or not _is_plain(field):
                 continue
-            parameter = f"ray_{name}" if section == "ray" else name
+            parameter = flag_name(f"{section}.{name}")
             assert parameter not in flags, f"two options would be --{parameter}"
             flags[parameter] = (f"{section}.{name}".lstrip("."), _parameter(parameter, field, panel))
     return flags

@@ -12,6 +12,19 @@ def api_key() -> str:
     return os.environ.get("NEAP_API_KEY", "")
 
 
+def admin_token() -> str:
+    """NEAP_ADMIN_TOKEN: what the admin API wants to see. Empty if not set."""
+    return os.environ.get("NEAP_ADMIN_TOKEN", "")
+
+
+def state_dir() -> Path:
+    """Where running clusters note how to reach their admin API: NEAP_STATE, or the user's state folder."""
+    if own := os.environ.get("NEAP_STATE", ""):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "neap"
+
+
 def cache_dir() -> Path:
     """Where checkpoints that neap makes itself are kept: NEAP_CACHE, or the user's cache folder."""
     if own := os.environ.get("NEAP_CACHE", ""):

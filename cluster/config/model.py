@@ -6,6 +6,7 @@ derived here by name, type and default; this file adds what only the cluster fil
     model, backend, ...   the whole cluster
     engine                options of every worker's engine
     pools[i]              role and number of workers; any engine option here overrides `engine` for this pool
+    roles, admin          when workers change their roles, and the API to change them by hand
     router, ray, fake     the HTTP side; Ray; the exact fake model instead of a checkpoint (tests, benchmarks)
 """
 
@@ -23,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from cluster.config import environment
 from cluster.config.help import HELP
-from cluster.spec import FakeSpec, RouterSpec, WorkerSpec
+from cluster.spec import FakeSpec, RolesSpec, RouterSpec, WorkerSpec
 from engine.config import EngineConfig, Role
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -56,7 +57,9 @@ def _number(value: object) -> object:
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
 _SIZES = {"kv_cache_bytes", "max_body_bytes", "stream_buffer_bytes"}
 _TOKEN_COUNTS = {"max_model_len", "max_batched_tokens"}
-_AT_LEAST_ONE = {"max_queue", "max_running", "num_blocks", "vocab_size"}
+_AT_LEAST_ONE = {"max_queue", "max_running", "num_blocks", "vocab_size", "max_switches"}
+_MORE_THAN_NOTHING = {"ttft_ms", "tpot_ms", "interval_s", "horizon_s", "switch_timeout_s"}
+_AT_LEAST_NOTHING = {"act_at", "hysteresis", "min_role_s"}
 
 
 def _field_type(name: str, hint: Any) -> Any:
@@ -68,6 +71,10 @@ def _field_type(name: str, hint: Any) -> Any:
         return Annotated[int, Field(ge=0, le=65535)]
     if name in _AT_LEAST_ONE:
         return Annotated[int, Field(ge=1)]
+    if name in _MORE_THAN_NOTHING:
+        return Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    if name in _AT_LEAST_NOTHING:
+        return Annotated[float, Field(ge=0, allow_inf_nan=False)]
     if name == "policy":
         return Literal["predicted", "prefix-aware", "least-loaded", "power-of-two", "round-robin"]
     if name == "steps_in_flight":
@@ -138,12 +145,14 @@ if TYPE_CHECKING:  # mypy sees the bases; the derived fields exist only at run t
     FakeSection = _Section
     PoolConfig = _Pool
     RouterConfig = _Router
+    RolesConfig = _Section
 else:
     EngineSection = create_model("EngineSection", __base__=_Section, **_derived(EngineConfig, "engine", _NOT_OF_ENGINE))
     FakeSection = create_model("FakeSection", __base__=_Section, **_derived(FakeSpec, "fake", set()))
     PoolConfig = create_model(
         "PoolConfig", __base__=_Pool, **_derived(EngineConfig, "engine", _NOT_OF_ENGINE, overrides=True)
     )
+    RolesConfig = create_model("RolesConfig", __base__=_Section, **_derived(RolesSpec, "roles", set()))
     RouterConfig = create_model("RouterConfig", __base__=_Router, **_derived(RouterSpec, "router", _NOT_OF_ROUTER))
 
 
@@ -153,6 +162,18 @@ class RayConfig(_Section):
     address: str = Field(default="", description="Join the Ray cluster at this address. Default: start a local one.")
     dashboard_port: int = Field(
         default=0, ge=0, le=65535, description="Port of Ray's dashboard on 127.0.0.1; 0: 8265 or the next free one."
+    )
+
+
+class AdminConfig(_Section):
+    """The admin API of the controller. It always wants a token, wherever it listens."""
+
+    host: str = Field(default="127.0.0.1", description="Address the admin API listens on.")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="Port of the admin API; 0: 8181, or a free one if that is taken."
+    )
+    token: str = Field(
+        default="", repr=False, description="Bearer token (also NEAP_ADMIN_TOKEN). Default: made at each start."
     )
 
 
@@ -180,6 +201,8 @@ class ClusterConfig(_Section):
         default=(PoolConfig(role="prefill"), PoolConfig(role="decode")), description="Groups of workers."
     )
     router: RouterConfig = Field(default=RouterConfig(), description="The HTTP side.")
+    roles: RolesConfig = Field(default=RolesConfig(), description="When workers change their roles.")
+    admin: AdminConfig = Field(default=AdminConfig(), description="The API to change roles by hand.")
     ray: RayConfig = Field(default=RayConfig(), description="How Ray is used.")
     fake: FakeSection | None = Field(default=None, description="Run the exact fake model instead of the checkpoint.")
 
@@ -264,6 +287,10 @@ class ClusterConfig(_Section):
             )
             for index in range(self.routers)
         )
+
+    def roles_spec(self) -> RolesSpec:
+        """What the planner is to keep to."""
+        return RolesSpec(**self.roles.model_dump())
 
     def num_cpus(self, pool: _Pool) -> float:
         """CPUs that one worker of this pool reserves."""

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from cluster.config.model import ClusterConfig
 
 Key = tuple[str | int, ...]
+_NAMED_SECTIONS = {"roles", "admin", "ray"}
 
 
 class ConfigError(ValueError):
@@ -41,7 +42,7 @@ def load_config(sources: Sources) -> ClusterConfig:
     if sources.file is not None:
         values = _read_file(sources.file, origins)
     for dotted, value in sources.flags.items():
-        _put(values, _parse_key(dotted), value, origins, f"--{dotted.split('.')[-1].replace('_', '-')}")
+        _put(values, _parse_key(dotted), value, origins, f"--{flag_name(dotted).replace('_', '-')}")
     for text in sources.sets:
         dotted, equals, raw = text.partition("=")
         if not equals or not dotted.strip():
@@ -51,6 +52,12 @@ def load_config(sources: Sources) -> ClusterConfig:
         return ClusterConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, origins) for e in error.errors())) from error
+
+
+def flag_name(dotted: str) -> str:
+    """A flag's parameter: its key's last word, with the section's name where that alone would say too little."""
+    section, _, name = dotted.rpartition(".")
+    return f"{section}_{name}" if section in _NAMED_SECTIONS else name
 
 
 def _read_file(path: Path, origins: dict[Key, str]) -> dict[str, Any]:

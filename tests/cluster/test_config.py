@@ -12,7 +12,7 @@ import yaml
 from cluster.config import ConfigError, Sources, load_config
 from cluster.config.help import HELP
 from cluster.config.model import is_loopback, parse_size
-from cluster.spec import RouterSpec, WorkerSpec
+from cluster.spec import RolesSpec, RouterSpec, WorkerSpec
 from engine.config import EngineConfig
 
 
@@ -53,6 +53,20 @@ def test_every_option_of_an_engine_and_a_router_can_be_set_and_has_help() -> Non
     assert router - {"served_model_name"} < set(type(config.router).model_fields)
     used = {f"{section}.{name}" for section, names in (("engine", engine), ("router", router)) for name in names}
     assert used - {"router.served_model_name"} <= HELP.keys()
+
+
+def test_every_option_of_the_planner_can_be_set_has_help_and_bounds() -> None:
+    names = {f.name for f in msgspec.structs.fields(RolesSpec)}
+    assert {f"roles.{name}" for name in names} <= HELP.keys()
+    assert load_config(Sources()).roles_spec() == RolesSpec()
+    flags = {"roles.ttft_ms": "250", "roles.auto": False, "admin.port": "9000"}
+    config = load_config(Sources(flags=flags, sets=["roles.max_switches=2"]))
+    assert config.roles_spec() == RolesSpec(auto=False, ttft_ms=250.0, max_switches=2)
+    assert config.admin.port == 9000 and config.admin.host == "127.0.0.1"
+    assert error_of(Sources(flags={"roles.tpot_ms": "0"})).startswith("--roles-tpot-ms: roles.tpot_ms: expected")
+    assert "roles.interval_s" in error_of(Sources(sets=["roles.interval_s=nan"]))
+    assert "did you mean hysteresis?" in error_of(Sources(sets=["roles.hystereses=1"]))
+    assert "secret" not in repr(load_config(Sources(flags={"admin.token": "secret"})))
 
 
 def test_later_sources_win_and_pools_override_the_engine_section(tmp_path: Path) -> None:
@@ -99,7 +113,7 @@ def test_the_fake_takes_the_place_of_the_checkpoint() -> None:
         ("pools: [{role: prefill}]\n", 1, "pools: at least one pool needs role decode"),
         ("router:\n  host: 0.0.0.0\n", 2, "router.host: 0.0.0.0 can be reached from outside: give --api-key"),
         ("backend: slurm\n", 1, "backend: expected 'ray' or 'process', got 'slurm'"),
-        ("colour: red\n", 1, "colour: there is no such key; known here: backend"),
+        ("colour: red\n", 1, "colour: there is no such key; known here: admin, backend"),
     ],
 )
 def test_an_error_in_the_file_names_the_key_and_the_line(tmp_path: Path, text: str, line: int, said: str) -> None:
