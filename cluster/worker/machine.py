@@ -64,8 +64,9 @@ class WorkerMachine:
         return self._settle(now, self._roles(now, self.role.on_switch(now, call_id, request)))
 
     def retire(self, now: float) -> list[Effect]:
-        """The process is about to end: nothing new comes, what runs may finish."""
-        return self._roles(now, self.role.retire(now))
+        """The process is about to end: nothing new comes, what runs finishes soon or moves."""
+        effects = self._roles(now, self.role.retire(now))
+        return [*effects, *self.decode.give_away(now), *self.prefill.give_away(now)]
 
     # ---- from routers
 

@@ -78,6 +78,7 @@ class RoleMachine:
         self._to_learn: list[Role] = []
         self._switch: _Switch | None = None
         self._num_canaries = 0
+        self._retired = False
         self._timers: Timers[str] = Timers()
 
     @property
@@ -118,8 +119,9 @@ class RoleMachine:
         return [self._publish("switching"), ToEngine(command=SetRole(role=switch.request.role))]
 
     def retire(self, now: float) -> list[RoleEffect]:
-        """The process is about to end: nothing new comes, what runs may finish."""
+        """The process is about to end: no role is taken any more."""
         effects = self._abandon(now, "the worker shuts down")
+        self._retired = True
         return [*effects, self._publish("draining")]
 
     def on_events(self, now: float, events: StepEvents) -> list[RoleEffect]:
@@ -159,6 +161,8 @@ class RoleMachine:
             return f"this is {info.worker_id} {info.incarnation}, not {request.incarnation}"
         if request.expected_epoch != info.epoch:
             return f"the epoch is {info.epoch}, not {request.expected_epoch}"
+        if self._retired:
+            return "the worker shuts down"
         drained = info.state == "draining" and self._switch is None and request.role is not None
         if info.state != "ready" and not drained:
             return f"the worker is {info.state}"

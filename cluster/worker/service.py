@@ -115,7 +115,7 @@ class WorkerService:
         return self._machine.num_live if self._machine else 0
 
     async def begin_drain(self) -> None:
-        """Take no new request; what runs goes on."""
+        """Take no new request; what runs finishes soon or is given away."""
         await self._server.set_serving(False)
         if self._machine is not None:
             self._do(self._machine.retire(time.monotonic()))
