@@ -6,6 +6,7 @@ It goes with the small checkpoints of this folder, so that everything above the 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -46,12 +47,15 @@ def write_byte_tokenizer(path: Path) -> int:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    write_tokenizer_settings(path, ERNIE_TEXT_TEMPLATE)
+    write_tokenizer_settings(path, ERNIE_TEXT_TEMPLATE, {"do_sample": True, "temperature": 0.8, "top_p": 0.8})
     return -(-len(vocab) // _PADDED_TO) * _PADDED_TO
 
 
-def write_tokenizer_settings(path: Path, chat_template: str) -> None:
-    """tokenizer_config.json and generation_config.json of a folder whose tokenizer begins with SPECIAL_TOKENS."""
+def write_tokenizer_settings(path: Path, chat_template: str, sampling: Mapping[str, object]) -> None:
+    """tokenizer_config.json and generation_config.json of a folder whose tokenizer begins with SPECIAL_TOKENS.
+
+    sampling: what generation_config.json says for requests that say nothing.
+    """
     ids = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     _write_json(
         path / "tokenizer_config.json",
@@ -74,9 +78,7 @@ def write_tokenizer_settings(path: Path, chat_template: str) -> None:
             "bos_token_id": ids["<s>"],
             "eos_token_id": [ids["</s>"], ids["<|end_of_sentence|>"]],
             "pad_token_id": ids["<unk>"],
-            "do_sample": True,
-            "temperature": 0.8,
-            "top_p": 0.8,
+            **sampling,
         },
     )
 

@@ -51,7 +51,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str) -> N
     """tokenizer.json, tokenizer_config.json with the chat template, generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_tokenizer_settings(folder, chat_template)
+    # Greedy unless a request asks otherwise: it was trained to give one right answer.
+    write_tokenizer_settings(folder, chat_template, {"do_sample": False, "temperature": 0.0})
 
 
 def _cutting() -> pre_tokenizers.PreTokenizer:
