@@ -31,7 +31,9 @@ from cluster.types import (
     Entry,
     Failed,
     Heartbeat,
+    Moved,
     News,
+    Release,
     SourceFailed,
     SourceRef,
     Tokens,
@@ -60,6 +62,7 @@ class Request:
     path: str | None = None
     finish: str | None = None
     failed: Failed | None = None
+    moved: Moved | None = None
 
     @property
     def is_over(self) -> bool:
@@ -129,6 +132,8 @@ class Worker:
                 request.news.append(entry)
             elif isinstance(entry, Failed):
                 request.failed = entry
+            elif isinstance(entry, Moved):
+                request.moved = entry
 
     def info(self) -> WorkerInfo:
         assert self.beat is not None
@@ -363,7 +368,10 @@ def test_a_signal_drains_a_lost_parent_does_not_wait_and_both_exit_with_zero(tmp
             pair.decode.submit("r", request, pair.prefill)
             await until(lambda: request.tokens)
             pair.decode.process.terminate()
-            await finish(pair, request)
+            await until(lambda: request.moved)
+            assert request.moved is not None and request.moved.held_tokens >= 200 // 16 * 16
+            assert request.tokens == request.oracle(pair.fake)[: len(request.tokens)], "up to where it stands"
+            pair.decode.link.send(Release(request_id="r", attempt=1))
             assert await asyncio.to_thread(pair.decode.process.wait, 60) == 0
             assert pair.prefill.process.stdin is not None
             pair.prefill.process.stdin.close()
