@@ -100,8 +100,8 @@ def _print(console: Console, summary: Summary) -> None:
     empty = ", ".join(f"{kind} / {stage}" for kind, stage in summary.empty_cells)
     console.print(f"empty cells: {empty or 'none'}")
     console.print(
-        f"{summary.num_seeds} seeds from {summary.first} in {summary.seconds:.1f} s: {summary.seeds_per_s:.1f} seeds/s, "
-        f"{summary.num_bad_seeds} with violations"
+        f"{summary.num_seeds} seeds from {summary.first} in {summary.seconds:.1f} s: "
+        f"{summary.seeds_per_s:.1f} seeds/s, {summary.num_bad_seeds} with violations"
     )
     for seed, what in summary.violations:
         console.print(f"seed {seed}: {what}", style="red", highlight=False)

@@ -8,7 +8,8 @@
 4. Tokens are delivered only from the incarnation and attempt that the router dispatched to last.
 5. A worker runs no dispatch of another incarnation or epoch; a source serves no call for another incarnation; a switch
    whose fences do not match is refused.
-6. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
+6. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
+7. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from cluster.sim.cluster import SimCluster
 from cluster.sim.owners import BlockOwners
 from cluster.sim.router import SimResult, SimRouter
 from cluster.sim.worker import SimWorker
-from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, WorkerInfo
-from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, StartCopy, ToEngine
+from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, SwitchRequest, WorkerInfo
+from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, SendSwitchReply, StartCopy, ToEngine
 from engine.messages import Serve
 
 NO_WORKER_S = 10.0
@@ -56,6 +57,7 @@ class Checker:
         self._owners[worker.info.incarnation] = BlockOwners(worker, self.report)
         self._watch_dispatches(worker)
         self._watch_calls(worker)
+        self._watch_switches(worker)
 
     def on_info(self, info: WorkerInfo) -> None:
         """2."""
@@ -68,11 +70,16 @@ class Checker:
         self._epochs[info.incarnation] = info.epoch
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
-        """2; 3: the shadow learns of copies."""
+        """2; 3: the shadow learns of copies; 6."""
         if isinstance(effect, StartCopy):
             self._owners[worker.info.incarnation].copy_started(effect)
         elif isinstance(effect, Publish):
             self.on_info(effect.info)
+        elif isinstance(effect, SendSwitchReply) and effect.reply.outcome == "switched":
+            info = effect.reply.info
+            before = self._facts.get((info.incarnation, info.epoch - 1), ("", ""))[1]
+            if worker.core.scheduler.role != info.role or before != "verifying":
+                self.report(f"{info.worker_id} says that it is a {info.role} worker after it was {before}")
 
     def copy_ended(self, incarnation: str, effect: StartCopy) -> None:
         """3: the copy has reported."""
@@ -136,6 +143,21 @@ class Checker:
 
         machine.on_fetch = on_fetch  # type: ignore[method-assign]
 
+    def _watch_switches(self, worker: SimWorker) -> None:
+        """5, of switches."""
+        machine = worker.machine
+        inner = machine.on_switch
+
+        def on_switch(now: float, call_id: str, request: SwitchRequest) -> list[Effect]:
+            mine = machine.info
+            effects = inner(now, call_id, request)
+            fits = (request.incarnation, request.expected_epoch) == (mine.incarnation, mine.epoch)
+            if not fits and not any(isinstance(e, SendSwitchReply) and e.reply.outcome == "refused" for e in effects):
+                self.report(f"{mine.worker_id} (epoch {mine.epoch}) takes a switch for epoch {request.expected_epoch}")
+            return effects
+
+        machine.on_switch = on_switch  # type: ignore[method-assign]
+
     # ---- at the end
 
     def check_results(self, sim: SimCluster) -> None:
@@ -176,6 +198,6 @@ class Checker:
         return False
 
     def check_leaks(self, sim: SimCluster) -> None:
-        """6."""
+        """7."""
         for leak in sim.leaks():
             self.report(f"leak: {leak}")

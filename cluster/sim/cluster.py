@@ -232,10 +232,10 @@ class SimCluster:
 
     def drain(self, *, limit_s: float) -> bool:
         """Run until every request has come and gone. Returns whether that came within `limit_s`."""
-        return self.run_while(
-            lambda: self._num_coming > 0 or any(one.num_live for one in self.routers if one.process.alive),
-            limit_s=limit_s,
-        )
+        return self.run_while(self._is_busy, limit_s=limit_s)
+
+    def _is_busy(self) -> bool:
+        return self._num_coming > 0 or any(one.num_live and one.process.alive for one in self.routers)
 
     # ---- checks
 

@@ -17,6 +17,7 @@ from engine.config import Role
 RETRY_S = 0.25
 MAX_TRIES = 12
 TIMEOUT_MS = 2000
+ASKED_AGAIN = 0.3  # of the requests come a second time, when they are over
 
 
 class SimController:
@@ -79,6 +80,13 @@ class SimController:
         return self._rng.choice(fits) if fits else None
 
     def _call(self, info: WorkerInfo, role: Role) -> None:
+        request = SwitchRequest(
+            incarnation=info.incarnation, expected_epoch=info.epoch, role=role, timeout_ms=TIMEOUT_MS
+        )
+        self._send(info, request, again=self._rng.random() < ASKED_AGAIN)
+
+    def _send(self, info: WorkerInfo, request: SwitchRequest, *, again: bool) -> None:
+        """With `again`, the same once more after the answer: somebody on the way did not hear it."""
         worker = self._sim.workers[info.worker_id]
         self._num_calls += 1
         call_id = f"switch-{self._num_calls}"
@@ -87,18 +95,17 @@ class SimController:
         def answered(reply: SwitchReply) -> None:
             connection.close(0)
             self._answered(reply)
+            if again and self._process is process:
+                self._send(info, request, again=False)
 
         here = End(process=process, on_message=answered, on_closed=self._later)
         there = End(
             process=worker.process,
-            on_message=lambda request: worker.accept_switch(call_id, request, connection),
+            on_message=lambda message: worker.accept_switch(call_id, message, connection),
             on_closed=lambda: None,
         )
         connection = self._sim.network.connect(here, there)
-        request = SwitchRequest(
-            incarnation=info.incarnation, expected_epoch=info.epoch, role=role, timeout_ms=TIMEOUT_MS
-        )
-        self._sim.journal.note(self._sim.clock.now, "controller", f"{call_id} {info.worker_id} to {role}")
+        self._sim.journal.note(self._sim.clock.now, "controller", f"{call_id} {info.worker_id} to {request.role}")
         connection.send(0, request)
 
     def _answered(self, reply: SwitchReply) -> None:
