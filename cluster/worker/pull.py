@@ -178,6 +178,8 @@ class Puller:
         self._timers.watch((request.request_id, "silence"), now, SILENCE_S)
         trouble = ""
         if isinstance(reply, FetchAccepted):
+            if reply.end_tokens <= call.start and call.source.max_compute_tokens >= 0:
+                return self._drop_source(now, request, "sources_short")  # it holds no more than we do
             trouble = call.accept(reply)
             call.next_block = call.start // self._layout.block_size
             request.queue_ms = reply.queue_ms
