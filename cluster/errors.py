@@ -82,6 +82,28 @@ ERRORS: dict[str, ErrorKind] = {
         status=408, type="invalid_request_error", retry=False, message="The client did not read its stream."
     ),
     "internal_error": ErrorKind(status=500, type="server_error", retry=False, message="Something went wrong here."),
+    # the admin API
+    "worker_not_found": ErrorKind(
+        status=404, type="invalid_request_error", retry=False, message="There is no such worker."
+    ),
+    "last_decode_worker": ErrorKind(
+        status=409, type="invalid_request_error", retry=False, message="No other decode worker is ready."
+    ),
+    "switch_under_way": ErrorKind(
+        status=409,
+        type="invalid_request_error",
+        retry=True,
+        message="Another worker of this pool is changing its role.",
+    ),
+    "switch_refused": ErrorKind(
+        status=409, type="invalid_request_error", retry=True, message="The worker refused the change."
+    ),
+    "switch_rolled_back": ErrorKind(
+        status=409, type="server_error", retry=True, message="The worker went back to its old role."
+    ),
+    "switch_unknown": ErrorKind(
+        status=502, type="server_error", retry=True, message="The worker did not tell how the change ended."
+    ),
 }
 
 # codes that a worker sends to a router and a client never sees: the router dispatches the request again

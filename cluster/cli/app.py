@@ -1,9 +1,11 @@
-"""The commands and their options; what they do is in serve.py, chat.py and status.py."""
+"""The commands and their options; what they do is in serve.py, chat.py, status.py and switch.py."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli import chat as chat_command
-from cluster.cli import serve as serve_command
 from cluster.cli import sim as sim_command
 from cluster.cli import status as status_command
+from cluster.cli import switch as switch_command
 from cluster.cli.bench import bench_app
 from cluster.cli.eval import evaluate
 from cluster.cli.flags import flag_parameters
@@ -21,6 +23,7 @@ from cluster.cli.foreign import foreign_parameters, our_flag_value, settle_flags
 from cluster.config import ConfigError, Sources, load_config
 from cluster.config.environment import api_key as key_from_environment
 from cluster.control.router_client import RouterClient, RouterError
+from engine.config import Role
 
 app = typer.Typer(
     name="neap",
@@ -69,6 +72,8 @@ def serve(
         cluster = load_config(Sources(file=config, flags=given, sets=set_ or ()))
     except ConfigError as error:
         raise _fail(str(error), 2) from error
+    from cluster.cli import serve as serve_command  # what runs a cluster takes a second to load, which others need not
+
     raise typer.Exit(serve_command.serve(cluster))
 
 
@@ -126,13 +131,42 @@ def status(
     why: Annotated[bool, typer.Option("--why", help="Tell why recent requests went where they went.")] = False,
     request_id: Annotated[str, typer.Argument(help="With --why: only this request (its x-request-id or id).")] = "",
 ) -> None:
-    """Show workers, roles, epochs, states, load and KV use; with --why the choices of the router."""
+    """Show workers, roles, epochs, states, load and KV use; with --why the choices of the router and of the planner."""
     try:
         if why or request_id:
             raise typer.Exit(status_command.why(_client(url, api_key), request_id, as_json=json))
         raise typer.Exit(status_command.status(_client(url, api_key), as_json=json))
     except RouterError as error:
         raise _fail(str(error), 1) from error
+
+
+AdminUrl = Annotated[str, typer.Option(help="Admin API, or a router. Default: the cluster that runs here.")]
+Token = Annotated[str, typer.Option(help="Of the admin API (also NEAP_ADMIN_TOKEN). Default: found if it runs here.")]
+Worker = Annotated[str, typer.Argument(help="Its id, as in neap status.", metavar="WORKER")]
+Json = Annotated[bool, typer.Option("--json", help="The answer as it is.")]
+
+
+@app.command()
+def switch(
+    worker: Worker,
+    to: Annotated[str, typer.Option("--to", help="prefill or decode.", metavar="ROLE")],
+    url: AdminUrl = "",
+    token: Token = "",
+    json: Json = False,
+) -> None:
+    """Change a worker's role while it serves; its running requests finish or move. Also ends a drain."""
+    if to not in ("prefill", "decode"):
+        raise _fail(f'--to {to}: expected "prefill" or "decode"', 2)
+    role: Role = "prefill" if to == "prefill" else "decode"
+    with _admin(url, token) as client:
+        raise typer.Exit(switch_command.switch(client, worker, role, as_json=json))
+
+
+@app.command()
+def drain(worker: Worker, url: AdminUrl = "", token: Token = "", json: Json = False) -> None:
+    """Let a worker give all its requests away and take no new ones, until `neap switch` brings it back."""
+    with _admin(url, token) as client:
+        raise typer.Exit(switch_command.drain(client, worker, as_json=json))
 
 
 @app.command()
@@ -147,6 +181,17 @@ def main() -> None:
         app(prog_name="neap")
     except KeyboardInterrupt:  # before a command has its own way with ctrl-C
         sys.exit(130)
+
+
+@contextmanager
+def _admin(url: str, token: str) -> Iterator[RouterClient]:
+    """A client of the admin API; what goes wrong with it is told."""
+    try:
+        yield switch_command.find_admin(url, token)
+    except RouterError as error:
+        raise _fail(str(error), 1) from error
+    except ValueError as error:
+        raise _fail(f"--url {url}: {error}", 2) from error
 
 
 def _client(url: str, api_key: str) -> RouterClient:

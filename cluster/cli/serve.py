@@ -128,5 +128,16 @@ async def _show(controller: Controller, backend: Backend, screen: Screen, run_di
     client, spec = controller.router_client(), controller.router_spec
     assert client is not None and spec is not None, "a ready cluster has a router"
     others = ", ".join(f"{other.url}/v1" for other in controller.router_clients()[1:])
-    notes = (*((("more routers", others),) if others else ()), *backend.notes, ("logs", str(run_dir)))
+    notes = (
+        *((("more routers", others),) if others else ()),
+        *backend.notes,
+        *_admin_notes(controller),
+        ("logs", str(run_dir)),
+    )
     screen.ready(client, spec.served_model_name, notes)
+
+
+def _admin_notes(controller: Controller) -> tuple[tuple[str, str], ...]:
+    """The token itself is not shown: `neap switch` finds it, and so does who may read the file."""
+    admin = controller.admin
+    return (("admin API", f"{admin.url} (token in {admin.note_path})" if admin.note_path else admin.url),)

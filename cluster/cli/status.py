@@ -1,4 +1,6 @@
-"""`neap status`: the router's own view of its workers as a table; `--why`: its recent choices in words."""
+"""`neap status`: the router's own view of its workers as a table; `--why`: its recent choices in words, and the
+planner's, where the admin API of the router's cluster answers.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,12 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli.switch import note_of
 from cluster.control.router_client import RouterClient, RouterError
 
 _COLUMNS = ("worker", "role", "epoch", "state", "link", "run", "wait", "serve", "KV", "node", "pid")
 _NUMBERS = {"epoch", "run", "wait", "serve", "KV"}
+MAX_CHANGES = 8
 _WIDTH = 140  # where there is no terminal
 
 
@@ -34,12 +38,43 @@ def why(client: RouterClient, request_id: str, *, as_json: bool) -> int:
     code, body = client.get(f"/status/why?request_id={quote(request_id)}")
     if code != 200:
         raise RouterError(error_words(code, body))
+    roles = None if request_id else plans(client.url)
     if as_json:
-        print(json.dumps(body, indent=2))
+        print(json.dumps(body if roles is None else body | {"roles": roles}, indent=2))
     else:
         console = Console()
         show_why(body, request_id, console if console.is_terminal else Console(width=_WIDTH))
+        if roles is not None:
+            show_roles(roles, console if console.is_terminal else Console(width=_WIDTH))
     return 0 if body["decisions"] or not request_id else 4
+
+
+def plans(router_url: str) -> dict[str, Any] | None:
+    """What the planner of this router's cluster says; None where it can't be asked."""
+    note = note_of(router_url)
+    if note is None:
+        return None
+    try:
+        code, body = RouterClient.at(note.url, api_key=note.token).get("/v1/plans")
+    except (RouterError, ValueError):
+        return None
+    return body if code == 200 else None
+
+
+def show_roles(body: dict[str, Any], console: Console) -> None:
+    """The last changes of roles, the newest last, and below them what the planner thinks now."""
+    for change in reversed(body["changes"][:MAX_CHANGES]):
+        role = f"to {change['role']}" if change["role"] else "drained"
+        head = f"{change['worker_id']} {role}, {change['age_s']:.1f} s ago: {change['outcome']}"
+        console.print(head, style="bold", highlight=False)
+        for line in (change["words"], f"Why: {change['why']}."):
+            if line:
+                console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
+    plan = body["plan"]
+    automatic = "" if body["auto"] else " (roles.auto is off: only by hand)"
+    console.print(f"roles, {plan['age_s']:.1f} s ago{automatic}", style="bold", highlight=False)
+    for line in plan["words"]:
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def show_why(body: dict[str, Any], request_id: str, console: Console) -> None:

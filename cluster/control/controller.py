@@ -4,7 +4,8 @@ Life cycle:
     1. backend started (Ray: some seconds) while the checkpoint is looked up or made; registry served, or Redis followed
     2. routers and workers launched; each worker puts itself into the registry, the routers watch it
     3. ready: every router says so, and every worker once stood in the registry as ready
-    4. supervised: what ends is told, taken out of the registry, and started again, later and later
+    4. supervised: what ends is told, taken out of the registry, and started again, later and later; and roles are
+       changed as the traffic asks for it, or people (roles.py, admin.py)
     5. stopped: the routers drain, then the workers, then the backend and the registry end
 
 Nothing here is in the way of a request: if this process stalls, serving goes on.
@@ -20,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ClusterConfig
+from cluster.control.admin_server import AdminServer
 from cluster.control.backend import Backend, LaunchError, Needs, Progress, WorkerStatus
 from cluster.control.membership import Membership, RedisMembership
 from cluster.control.restarts import Restarts
+from cluster.control.roles import Roles
 from cluster.control.router_client import RouterClient
 from cluster.control.routers import Routers, router_argv
 from cluster.registry.registry import RegistryServer
@@ -74,6 +77,16 @@ class Controller:
         self._registry = _membership(config)
         self._routers = Routers(run_dir, router_argv)
         self._restarts = Restarts()
+        self.roles = Roles(
+            config.roles_spec(),
+            routers=self.router_clients,
+            infos=self._registry.workers,
+            wants_prefill=any(pool.role == "prefill" for pool in config.pools),
+            needs_prefill=bool(config.router.model_dump()["require_prefill"]),
+            tell=tell,
+            clock=clock,
+        )
+        self.admin = AdminServer(config.admin, self.roles, self._router_urls, run_dir=run_dir)
         self._specs: dict[str, WorkerSpec] = {}
         self._statuses: dict[str, WorkerStatus] = {}
         self.router_spec: RouterSpec | None = None
@@ -109,11 +122,15 @@ class Controller:
         clients = (self._routers.client(name) for name in self._routers.names)
         return tuple(client for client in clients if client is not None)
 
+    def _router_urls(self) -> tuple[str, ...]:
+        return tuple(client.url for client in self.router_clients())
+
     async def start(self, model_path: Awaitable[str]) -> None:
         """Launch everything; ready comes later. Raises LaunchError, OSError (a port), ValueError (the checkpoint)."""
         self._doing = "starting Ray" if self._config.backend == "ray" else "preparing the model"
         path, _ = await asyncio.gather(model_path, self._backend.start())
         await self._registry.start()  # not before Ray: it forks, which a process with gRPC running had better not
+        await self.admin.start()
         address = self._registry.address
         if self._config.worker_host == "auto" and isinstance(self._registry, RegistryServer):
             address = f"{self._backend.own_address}:{self._registry.port}"
@@ -131,20 +148,34 @@ class Controller:
 
     async def run(self) -> None:
         """Supervise for ever. Raises LaunchError when a process that has never been ready fails for good."""
-        while True:
-            await asyncio.sleep(POLL_S)
-            for status in await self._backend.statuses():
-                self._statuses[status.worker_id] = status
-                if not status.alive:
-                    self._worker_ended(status)
-            for router in self._routers.ended():
-                self._ended(router.name, router.failed, router.words, router.log)
-            await self._start_what_is_due()
-            await self._check_ready()
+        planning: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(POLL_S)
+                await self._supervise()
+                self.admin.write_note()
+                if self._ready and planning is None:
+                    planning = asyncio.create_task(self.roles.run())
+        finally:
+            if planning is not None:
+                planning.cancel()
+
+    async def _supervise(self) -> None:
+        """One round."""
+        for status in await self._backend.statuses():
+            self._statuses[status.worker_id] = status
+            if not status.alive:
+                self._worker_ended(status)
+        for router in self._routers.ended():
+            self._ended(router.name, router.failed, router.words, router.log)
+        await self._start_what_is_due()
+        await self._check_ready()
 
     async def stop(self, *, hurry: asyncio.Event) -> None:
         """Drain the routers, then the workers; `hurry` cuts the waiting short. Leaves no process behind."""
         self._doing = "draining"
+        await self.admin.stop()
+        await self.roles.close()
         await self._routers.stop(hurry)
         await self._backend.stop(0.5 if hurry.is_set() else WORKER_DRAIN_S)
         await self._registry.stop()

@@ -73,7 +73,8 @@ class ObservationWindow:
             known = None
         if known is not None and info.epoch < known.seen.info.epoch:
             return
-        rate = peers[-1].gb_per_s if peers else NOMINAL_GB_PER_S
+        before = NOMINAL_GB_PER_S if known is None else known.seen.gb_per_s
+        rate = peers[-1].gb_per_s if peers else before
         seen = WorkerSeen(info=info, load=load, gb_per_s=rate)
         if known is None:
             self._known[info.worker_id] = _Known(seen=seen, heard_at=now)
@@ -83,6 +84,12 @@ class ObservationWindow:
         if info.state != known.seen.info.state:
             known.state_at = now
         known.seen, known.heard_at = seen, now
+
+    def on_info(self, now: float, info: WorkerInfo) -> None:
+        """What a worker is now, from the reply to a switch; its load as it was heard last."""
+        known = self._known.get(info.worker_id)
+        if known is not None and known.seen.info.incarnation == info.incarnation:
+            self.on_worker(now, info, known.seen.load)
 
     def on_worker_down(self, worker_id: str) -> None:
         """Its links broke, or its process is gone."""

@@ -6,6 +6,7 @@ from cluster.control.capacity import Capacity
 from cluster.control.observation import WorkerSeen
 from cluster.control.split import Needs, Split
 from cluster.traffic import Traffic
+from cluster.types import SwitchReply
 from engine.config import Role
 
 FEW_REQUESTS = "No change: too few requests came lately to conclude anything."
@@ -83,3 +84,17 @@ def change(
         f"{more}; it prefills {speeds[0]:.2f} and decodes {speeds[1]:.2f} times the mean; the change costs "
         f"{cost_ms:.0f} ms, with {carries}"
     )
+
+
+def switch_words(reply: SwitchReply) -> str:
+    """How a change ended, in one line."""
+    name, role = reply.info.worker_id, reply.info.role
+    took = f"in {reply.duration_ms:.0f} ms (canary {reply.canary_ms:.0f} ms)"
+    work = f"{reply.moved} requests moved, {reply.finished_in_place} finished in place"
+    if reply.outcome == "switched":
+        return f"{name} is {role} now, {took}: {work}"
+    if reply.outcome == "drained":
+        return f"{name} is drained, in {reply.duration_ms:.0f} ms: {work}"
+    if reply.outcome == "rolled_back":
+        return f"{name} went back to {role} after {reply.duration_ms:.0f} ms: {reply.reason}"
+    return f"{name} refused to change: {reply.reason}"

@@ -61,6 +61,11 @@ class RouterClient:
         with self._request("GET", path, None, TIMEOUT_S) as response:
             return response.status, self._object(response)
 
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = TIMEOUT_S) -> tuple[int, dict[str, Any]]:
+        """POST a JSON object: (HTTP status, body). Blocks for timeout_s at most. Raises RouterError."""
+        with self._request("POST", path, json.dumps(body).encode(), timeout_s) as response:
+            return response.status, self._object(response)
+
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """POST a request with stream true; its events until [DONE], or the error body. Blocks. Raises RouterError."""
         with self._request("POST", path, json.dumps(body).encode(), STREAM_SILENCE_S) as response:
