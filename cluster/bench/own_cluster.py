@@ -95,6 +95,7 @@ def fake_cluster(fake: FakeSpec, *, prefill: int, decode: int, max_num_seqs: int
             "engine": {"max_num_seqs": max_num_seqs},
             "pools": [*pools, {"role": "decode", "workers": decode}],
             "router": {"max_queue": 4096, "max_running": 4096},
+            "roles": {"auto": False},  # what is measured is this very split
             "fake": {field: getattr(fake, field) for field in FakeSpec.__struct_fields__},
         }
         file = Path(name) / "cluster.yaml"

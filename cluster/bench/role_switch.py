@@ -76,6 +76,7 @@ def _cluster(options: RoleSwitchOptions) -> dict[str, Any]:
         "pools": pools,
         "engine": engine,
         "router": {"policy": "least-loaded"},
+        "roles": {"auto": False},  # only the bench switches
         **({"model": options.model} if options.model else {}),
     }
 

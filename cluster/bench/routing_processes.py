@@ -101,6 +101,7 @@ def _cluster(options: ProcessOptions, policy: str, folder: Path) -> dict[str, An
         "engine": {"max_num_seqs": 16},
         "pools": pools,
         "router": {"policy": policy, "max_queue": 1024},
+        "roles": {"auto": False},  # the policies are compared on the same split
         "fake": {
             "vocab_size": VOCAB_SIZE,
             "num_blocks": 4096,
