@@ -5,19 +5,20 @@
 
 Nothing that matters is kept here. The worker runs a switch by itself and tells in its heartbeats what it is; a
 controller that comes back asks the routers and goes on. One change per pool at a time; the last ready decode worker
-is not let go, by nobody.
+is not let go, by nobody. After a change by hand the planner keeps still for a while, unless a worker is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from cluster.control.observation import ObservationWindow
+from cluster.control.observation import Observation, ObservationWindow
 from cluster.control.plan_words import switch_words
 from cluster.control.planner import Plan, PlannedSwitch, Planner
 from cluster.control.router_client import RouterClient
@@ -30,6 +31,7 @@ from cluster.types import SwitchReply, SwitchRequest, WorkerInfo
 from engine.config import Role
 
 MAX_RECORDS = 32
+HAND_S = 60.0  # so long what people have changed is left as it is
 log = logging.getLogger("neap.control")
 
 Call = Callable[[str, SwitchRequest], Awaitable[SwitchReply]]
@@ -73,6 +75,8 @@ class Roles:
         self._traffic = Traffic()
         self._changing: dict[str, str] = {}  # worker id -> pool
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hand_at = -math.inf
+        self._hand_saw: frozenset[str] = frozenset()  # incarnations that were there then
         self._plan = Plan()
         self._planned_at = clock()
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
@@ -95,11 +99,22 @@ class Roles:
         if not self._options.auto or self._changing:
             return
         self._planned_at = self._clock()
-        self._plan = self._planner.plan(self._window.observe(self._planned_at, self._traffic))
+        observation = self._window.observe(self._planned_at, self._traffic)
+        if self._is_in_hand(observation):
+            ago_s = self._planned_at - self._hand_at
+            self._plan = Plan(
+                words=(f"A role was changed by hand {ago_s:.0f} s ago: left as it is for {HAND_S:.0f} s.",)
+            )
+            return
+        self._plan = self._planner.plan(observation)
         for switch in self._plan.switches:
             task = asyncio.get_running_loop().create_task(self._carry_out(switch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _is_in_hand(self, observation: Observation) -> bool:
+        here = {worker.info.incarnation for worker in observation.workers}
+        return self._planned_at - self._hand_at < HAND_S and self._hand_saw <= here
 
     async def look(self) -> None:
         """Ask the routers how the workers are and what comes in."""
@@ -160,6 +175,9 @@ class Roles:
         if info is None:
             raise RequestError("worker_not_found", f"There is no worker {worker_id}.")
         reply = await self._change(info, role, "asked for")
+        now = self._clock()
+        self._hand_at = now
+        self._hand_saw = frozenset(seen.info.incarnation for seen in self._window.observe(now).workers)
         fresh = reply.info
         if reply.outcome == "refused" and fresh.incarnation == info.incarnation and fresh.epoch != info.epoch:
             reply = await self._change(fresh, role, "asked for")  # it had changed since it was heard
