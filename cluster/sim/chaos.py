@@ -3,19 +3,19 @@
 Kinds, and what they do (D the decode worker of the request at that stage, P its source, R its router; in the phase of a
 switch D is the worker that switches and P another one):
 
-    D crashes, P crashes         SIGKILL; the supervisor starts it again 0.1 to 3 s later
-    D's rank stands, P's         0.3 to 3 s, now and then for longer than the 10 s after which it is given up
-    D stopped, P stopped         SIGSTOP of the whole worker, SIGCONT 0.3 to 5 s later
-    partition D-R, D-P           nothing arrives either way for 0.5 to 4 s; what was sent arrives afterwards
+    D crashes, P crashes         SIGKILL; the supervisor starts it again 0.05 to 1.5 s later
+    D's rank stands, P's         0.3 to 2.5 s, now and then for longer than the 10 s after which it is given up
+    D stopped, P stopped         SIGSTOP of the whole worker, SIGCONT 0.3 to 4 s later
+    partition D-R, D-P           nothing arrives either way for 0.3 to 3.5 s; what was sent arrives afterwards
     one-way partition            the same in one direction of one of these pairs
     link broken                  the connection of D and R is reset; both live
     delays                       everything from and to D takes up to 50 ms longer for 0.5 s
     overtaking                   one connection of D is held for up to 0.4 s while the others go on
     duplicates                   for 0.5 s Dispatch, Abort, Release, Taken, Switch and batches of entries come twice
-    R lags, D lags               the loop of the router, or of D's network side, does not run for 1.1 to 3 s
-    registry forgets, rolls back its map is empty, or 0.2 to 1 s old, for 0.5 to 2 s
+    R lags, D lags               the loop of the router, or of D's network side, does not run for 1.1 to 2.5 s
+    registry forgets, rolls back its map is empty, or 0.2 to 1 s old, for 0.5 or 1.5 s
     R crashes                    its clients are gone with it; another router starts
-    late write                   D's copies of the next 0.2 s land 0.5 to 4 s late; the request's client may leave
+    late write                   D's copies of the next 0.2 s land 0.3 to 2.5 s late; the request's client may leave
     corruption                   one of corruption.KINDS hits the next piece or copy that it fits
     poison                       whichever worker runs this request crashes when it comes to this stage, every time
     controller crashes           in the phases of a switch; another one starts 0.5 s later
@@ -196,25 +196,25 @@ class Chaos:
         worker = self._sim.live_worker(worker_id)
         if worker is None:
             return
-        restart_s = self._rng.choice((0.1, 0.5, 3.0))
+        restart_s = self._rng.choice((0.05, 0.3, 1.5))
         self._disturbed(worker.info.incarnation)
         self._sim.kill_worker(worker_id, restart_after_s=restart_s)
         self._over_at(restart_s)
 
     def _stand(self, worker: SimWorker) -> None:
-        for_s = self._rng.choice((0.3, 1.5, 3.0, 3.0, 11.5))
+        for_s = self._rng.choice((0.3, 1.2, 1.2, 2.5, 2.5, 2.5, 11.5))
         self._disturbed(worker.info.incarnation)
         self._sim.freeze_rank(worker.config.worker_id, for_s)
         self._over_at(for_s)
 
     def _stop(self, worker: SimWorker) -> None:
-        for_s = self._rng.choice((0.3, 1.5, 2.5, 5.0))
+        for_s = self._rng.choice((0.3, 1.2, 2.2, 4.0))
         self._disturbed(worker.info.incarnation)
         self._sim.freeze_worker(worker.config.worker_id, for_s)
         self._over_at(for_s)
 
     def _part(self, one: SimProcess, two: SimProcess, workers: Sequence[SimWorker], *, both_ways: bool = True) -> None:
-        for_s = self._rng.choice((0.5, 1.5, 2.5, 4.0))
+        for_s = self._rng.choice((0.3, 1.0, 2.2, 3.5))
         for worker in workers:
             self._disturbed(worker.info.incarnation)
         self._sim.journal.note(self._sim.clock.now, one.name, f"is cut off from {two.name} for {for_s} s")
@@ -252,7 +252,7 @@ class Chaos:
         return self._sim.clock.now < self._twice_until and isinstance(message, _TWICE)
 
     def _lag(self, process: SimProcess) -> None:
-        for_s = self._rng.choice((1.1, 1.9, 3.0))
+        for_s = self._rng.choice((1.1, 1.8, 2.5))
         self._sim.lag(process, for_s)
         self._over_at(for_s)
 
@@ -261,7 +261,7 @@ class Chaos:
         self._lag(self._d(moment).process)
 
     def _registry(self, *, forget: bool) -> None:
-        for_s = self._rng.choice((0.5, 2.0))
+        for_s = self._rng.choice((0.5, 1.5))
         registry = self._sim.registry
         if forget:
             registry.forget(for_s)
@@ -278,7 +278,7 @@ class Chaos:
     def _late(self, moment: Moment) -> None:
         now = self._sim.clock.now
         self._late_until[moment.worker_id] = now + 0.2
-        self._over_at(5.0)
+        self._over_at(2.7)
         if self._rng.random() < 0.6:
             router = self._r(moment)
             if moment.request_id in router.results:
@@ -286,7 +286,7 @@ class Chaos:
 
     def _copy_s(self, worker_id: str, piece: Any) -> float | None:
         if self._late_until and self._sim.clock.now < self._late_until.get(worker_id, 0.0):
-            return self._rng.choice((0.5, 1.5, 4.0))
+            return self._rng.choice((0.3, 1.0, 2.5))
         return None
 
     def _poison(self, moment: Moment) -> None:

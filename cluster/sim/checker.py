@@ -8,11 +8,14 @@
 4. Tokens are delivered only from the incarnation and attempt that the router dispatched to last.
 5. A worker runs no dispatch of another incarnation or epoch; a source serves no call for another incarnation; a switch
    whose fences do not match is refused.
-6. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
-7. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
+6. No piece is refused that was not spoiled (nor does a copy of one fail: corruption.py).
+7. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
+8. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 from cluster.errors import REFUSED
 from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, ToWorker
@@ -20,7 +23,7 @@ from cluster.sim.cluster import SimCluster
 from cluster.sim.owners import BlockOwners
 from cluster.sim.router import SimResult, SimRouter
 from cluster.sim.worker import SimWorker
-from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, SwitchRequest, WorkerInfo
+from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, SourceFailed, SwitchRequest, WorkerInfo
 from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, SendSwitchReply, StartCopy, ToEngine
 from engine.messages import Serve
 
@@ -31,7 +34,8 @@ FAR_S = 900.0  # deadlines beyond this are none
 class Checker:
     """A watcher of one run. `violations` in words, the first ones first."""
 
-    def __init__(self) -> None:
+    def __init__(self, spoiled_requests: Set[str] = frozenset()) -> None:
+        self._spoiled_requests = spoiled_requests
         self.violations: list[str] = []
         self.num_checks = 0
         self._owners: dict[str, BlockOwners] = {}
@@ -70,9 +74,13 @@ class Checker:
         self._epochs[info.incarnation] = info.epoch
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
-        """2; 3: the shadow learns of copies; 6."""
+        """2; 3: the shadow learns of copies; 6, 7."""
         if isinstance(effect, StartCopy):
             self._owners[worker.info.incarnation].copy_started(effect)
+        elif isinstance(effect, SendEntry):
+            failed = effect.entry if isinstance(effect.entry, SourceFailed) else None
+            if failed and failed.reason == "protocol" and failed.request_id not in self._spoiled_requests:
+                self.report(f"false alarm: {failed.request_id}: a piece was refused, nothing was wrong with it")
         elif isinstance(effect, Publish):
             self.on_info(effect.info)
         elif isinstance(effect, SendSwitchReply) and effect.reply.outcome == "switched":
@@ -198,6 +206,6 @@ class Checker:
         return False
 
     def check_leaks(self, sim: SimCluster) -> None:
-        """7."""
+        """8."""
         for leak in sim.leaks():
             self.report(f"leak: {leak}")

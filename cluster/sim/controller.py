@@ -14,8 +14,8 @@ from cluster.sim.process import SimProcess
 from cluster.types import SwitchReply, SwitchRequest, WorkerInfo
 from engine.config import Role
 
-RETRY_S = 0.25
-MAX_TRIES = 12
+RETRY_S = 0.08
+MAX_TRIES = 20
 TIMEOUT_MS = 2000
 ASKED_AGAIN = 0.3  # of the requests come a second time, when they are over
 
@@ -95,8 +95,10 @@ class SimController:
         def answered(reply: SwitchReply) -> None:
             connection.close(0)
             self._answered(reply)
-            if again and self._process is process:
+            if again:
                 self._send(info, request, again=False)
+            else:
+                self._later()
 
         here = End(process=process, on_message=answered, on_closed=self._later)
         there = End(
@@ -115,4 +117,3 @@ class SimController:
         if reply.outcome == "switched":
             self._num_left -= 1
             self._num_tries = 0
-        self._later()

@@ -41,10 +41,11 @@ class CorruptionCounts:
 class Corruptor:
     """Spoils what it is told to, through the hooks of SimCluster.faults."""
 
-    def __init__(self, rng: Random, report: Callable[[str], None]) -> None:
+    def __init__(self, rng: Random, report: Callable[[str], None] = print) -> None:
         self.counts = CorruptionCounts()
         self._rng = rng
-        self._report = report
+        self.report = report
+        self.spoiled_requests: set[str] = set()  # whose pieces were given other words
         self._armed: list[str] = []
         self._spoiled: dict[tuple[str, int], tuple[str, list[bytes]]] = {}  # of one call's piece: kind, what was meant
         self._spoiled_words: dict[int, tuple[str, str, Piece]] = {}
@@ -91,6 +92,7 @@ class Corruptor:
         else:
             spoiled = replace(piece, first_layer=1, num_layers=piece.num_layers - 1)
         self._armed.remove(kind)
+        self.spoiled_requests.add(piece.call_id.split(":", 2)[1])
         transport = "grpc" if piece.payload else "local"
         self.counts.injected[kind, transport] += 1
         if spoiled is older:
@@ -159,14 +161,14 @@ class Corruptor:
         if id(piece) in self._spoiled_words:
             kind = self._spoiled_words[id(piece)][0]
             if ok:
-                self._report(f"corruption {kind!r} of piece {piece.index} of {piece.call_id} was not found")
+                self.report(f"corruption {kind!r} of piece {piece.index} of {piece.call_id} was not found")
                 del self._spoiled_words[id(piece)]
             return
         spoiled = self._spoiled.pop((piece.call_id, piece.index), None)
         if spoiled is None:
             self.counts.num_healthy += ok
             if not ok and self._call_stands(incarnation, piece):
-                self._report(
+                self.report(
                     f"false alarm: piece {piece.index} of {piece.call_id} failed, and nothing was wrong with it"
                 )
             return
@@ -175,7 +177,7 @@ class Corruptor:
             return  # what lay there was the same already: nothing was spoiled
         self.counts.injected[kind, transport] += 1
         if ok:
-            self._report(f"corruption {kind!r} of piece {piece.index} of {piece.call_id} was not found")
+            self.report(f"corruption {kind!r} of piece {piece.index} of {piece.call_id} was not found")
         else:
             self.counts.found[kind, transport] += 1
 

@@ -37,10 +37,10 @@ class Connection:
         self.held_until = 0.0  # nothing of it arrives before, in either direction
         self._network = network
 
-    def send(self, side: int, message: Any, num_bytes: int = 0) -> None:
-        """Send from one end. Lost if either end has closed by the time it arrives."""
+    def send(self, side: int, message: Any, num_bytes: int = 0, *, urgent: bool = False) -> None:
+        """Send from one end. Lost if either end has closed by then. `urgent` overtakes what went before."""
         if self.ends[side].open:
-            self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes)
+            self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes, urgent)
             if self._network.doubled is not None and self._network.doubled(self.ends[side].process, message):
                 self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes)
 
@@ -61,13 +61,14 @@ class Connection:
             if end.process.alive:
                 end.process.post(lambda side=side: self._closed(side))  # type: ignore[misc]
 
-    def _deliver(self, side: int, run: Callable[[], None], num_bytes: int) -> None:
+    def _deliver(self, side: int, run: Callable[[], None], num_bytes: int, urgent: bool = False) -> None:
         end, other = self.ends[side], self.ends[1 - side]
         at = self._network.arrival(num_bytes)
         if self._network.troubled:
             at = self._network.later(at, other.process, end.process, self.held_until)
-        end.last_arrival = max(end.last_arrival, at)
-        self._network.clock.at(end.last_arrival, lambda: end.process.post(run))
+        if not urgent:
+            end.last_arrival = at = max(end.last_arrival, at)
+        self._network.clock.at(at, lambda: end.process.post(run))
 
     def _receive(self, side: int, message: Any) -> None:
         if self.ends[side].open:

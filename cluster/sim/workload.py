@@ -67,7 +67,7 @@ def cluster(
 
 def tokens(rng: Random, num: int) -> list[int]:
     """Random token ids of the fake's vocabulary."""
-    return [rng.randrange(3, 256) for _ in range(num)]
+    return rng.choices(range(3, 256), k=num)
 
 
 def submit(
