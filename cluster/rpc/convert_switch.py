@@ -28,6 +28,8 @@ def switch_request_to_pb(request: SwitchRequest) -> w.SwitchRequest:
 
 def switch_request_from_pb(pb: w.SwitchRequest) -> SwitchRequest:
     """Raises WireError for a role that this version does not know."""
+    if not isinstance(pb, w.SwitchRequest):
+        raise WireError("a broken message")
     if pb.role not in _ROLES_BACK:
         raise WireError(f"role {pb.role}")
     return SwitchRequest(
@@ -53,6 +55,8 @@ def switch_reply_to_pb(reply: SwitchReply) -> w.SwitchReply:
 
 def switch_reply_from_pb(pb: w.SwitchReply) -> SwitchReply:
     """Raises WireError for an outcome that this version does not know."""
+    if not isinstance(pb, w.SwitchReply):
+        raise WireError("a broken message")
     if pb.outcome not in _OUTCOMES:
         raise WireError(f"a switch that ended as {pb.outcome!r}")
     return SwitchReply(

@@ -19,6 +19,7 @@ from cluster.rpc.link import describe
 from cluster.rpc.pb import kv_source_pb2 as pb
 from cluster.rpc.pb import kv_source_pb2_grpc as pb_grpc
 from cluster.rpc.race import StreamEndedError, race
+from cluster.rpc.seal import SealedChannel
 from cluster.types import FetchOpen, FetchReply, FetchTaken, SourceRef
 
 _log = logging.getLogger(__name__)
@@ -88,7 +89,9 @@ class FetchCalls:
         reason = "the source ended it"
         try:
             with self._channels.use(source.address) as channel:
-                stream: FetchStream = pb_grpc.KVSourceStub(channel).Fetch(timeout=call.opened.remaining_ms / 1000)
+                stream: FetchStream = pb_grpc.KVSourceStub(SealedChannel(channel)).Fetch(
+                    timeout=call.opened.remaining_ms / 1000
+                )
                 await stream.write(open_to_pb(call.opened))
                 await race(self._read(call, stream), _write(call, stream))
             await self._channels.sweep()

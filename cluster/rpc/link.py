@@ -21,12 +21,14 @@ from cluster.rpc.outbox import TAKEN_EVERY, RouterOutbox
 from cluster.rpc.pb import worker_pb2 as pb
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
 from cluster.rpc.race import StreamEndedError, race
+from cluster.rpc.seal import SealedChannel
 from cluster.types import Entry, Heartbeat, RouterMessage, WorkerInfo
 
 LinkCall = aio.StreamStreamCall[pb.RouterMessage, pb.WorkerMessage]
 _log = logging.getLogger(__name__)
 WELCOME_S = 3.0
 RECONNECT_S = (0.05, 1.0)  # first and longest pause
+UNREAD_BEATS = 10  # heartbeats, 5 s: longer than the largest message is under way
 
 
 class LinkClient:
@@ -51,6 +53,9 @@ class LinkClient:
         self._wake = asyncio.Event()
         self._broken = asyncio.Event()
         self._reason = ""
+        self._num_written = 0  # messages since Welcome
+        self._num_read = 0  # of them, by the worker's own words
+        self._num_beats_unread = 0  # heartbeats in a row that told of nothing read, though there was something
         self._num_taken = 0  # batches of entries, that the worker has not been told of
         self._task: asyncio.Task[None] | None = None
 
@@ -98,11 +103,11 @@ class LinkClient:
         channel = open_channel(self.info.address)
         was_up = False
         try:
-            call: LinkCall = pb_grpc.WorkerStub(channel).Link()
+            call: LinkCall = pb_grpc.WorkerStub(SealedChannel(channel)).Link()
             async with asyncio.timeout(WELCOME_S):
                 info = await self._greet(call)
             was_up = True
-            self._num_taken = 0
+            self._num_taken = self._num_written = self._num_read = self._num_beats_unread = 0
             self._outbox = RouterOutbox()
             self._on_welcome(info)
             await race(self._read(call), self._write(call, self._outbox), self._wait_for_drop())
@@ -136,10 +141,19 @@ class LinkClient:
                 if self._num_taken >= TAKEN_EVERY:
                     self._wake.set()
             elif isinstance(news, Heartbeat):
+                self._note_read(message.num_read)
                 self._on_heartbeat(news)
             else:
                 raise WireError("a second Welcome")
         raise StreamEndedError("the worker ended the link")
+
+    def _note_read(self, num_read: int) -> None:
+        """Raises WireError when our messages do not arrive any more, though the worker's do and pings pass."""
+        is_stuck = num_read < self._num_written and num_read == self._num_read
+        self._num_read = num_read
+        self._num_beats_unread = self._num_beats_unread + 1 if is_stuck else 0
+        if self._num_beats_unread > UNREAD_BEATS:
+            raise WireError(f"the worker reads nothing after message {num_read} of {self._num_written}")
 
     async def _write(self, call: LinkCall, outbox: RouterOutbox) -> None:
         while True:
@@ -151,6 +165,7 @@ class LinkClient:
                     break
                 self._num_taken = 0
                 await call.write(router_batch_to_pb(messages, taken))
+                self._num_written += 1
 
     async def _wait_for_drop(self) -> None:
         await self._broken.wait()

@@ -58,6 +58,7 @@ class _Link:
         self.link_id = link_id
         self.outbox = WorkerOutbox(max_tokens)
         self.heartbeat: Heartbeat | None = None
+        self.num_read = 0  # messages since Hello
         self.num_untaken = 0  # batches written that the router has not said to have taken
         self.wake = asyncio.Event()
         self.broken = asyncio.Event()
@@ -77,7 +78,9 @@ class _Link:
             self.wake.clear()
             if self.heartbeat is not None:
                 heartbeat, self.heartbeat = self.heartbeat, None
-                await context.write(heartbeat_to_pb(heartbeat))
+                message = heartbeat_to_pb(heartbeat)
+                message.num_read = self.num_read
+                await context.write(message)
             if self.num_untaken < MAX_UNTAKEN and (entries := self.outbox.take()):
                 self.num_untaken += 1
                 await context.write(batch_to_pb(entries))
@@ -167,6 +170,7 @@ class LinkServicer(pb_grpc.WorkerServicer):
             message = await context.read()
             if not isinstance(message, pb.RouterMessage):
                 raise StreamEndedError("the router closed the link")
+            link.num_read += 1
             for part in router_messages_in(message):
                 self._take(link, part)
 

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.pb import kv_source_pb2, kv_source_pb2_grpc, worker_pb2, worker_pb2_grpc
+from cluster.rpc.seal import SealedServer
 
 _SERVICES = (
     worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name,
@@ -26,8 +27,8 @@ class WorkerServer:
         self._host = host
         self._port = port
         self._server = aio.server(options=SERVER_OPTIONS)
-        worker_pb2_grpc.add_WorkerServicer_to_server(link, self._server)
-        kv_source_pb2_grpc.add_KVSourceServicer_to_server(source, self._server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(link, SealedServer(self._server))
+        kv_source_pb2_grpc.add_KVSourceServicer_to_server(source, SealedServer(self._server))
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)

@@ -13,6 +13,7 @@ from cluster.rpc.convert import WireError
 from cluster.rpc.convert_switch import switch_reply_from_pb, switch_request_to_pb
 from cluster.rpc.link import describe
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
+from cluster.rpc.seal import SealedChannel
 from cluster.types import SwitchReply, SwitchRequest
 
 GRACE_S = 3.0  # beyond the worker's own timeout: the rollback, and the way there and back
@@ -27,7 +28,9 @@ async def call_switch(address: str, request: SwitchRequest) -> SwitchReply:
     channel = open_channel(address)
     timeout_s = request.timeout_ms / 1000 + GRACE_S
     try:
-        reply = await pb_grpc.WorkerStub(channel).Switch(switch_request_to_pb(request), timeout=timeout_s)
+        reply = await pb_grpc.WorkerStub(SealedChannel(channel)).Switch(
+            switch_request_to_pb(request), timeout=timeout_s
+        )
         return switch_reply_from_pb(reply)
     except aio.AioRpcError as error:
         raise SwitchCallError(f"the worker at {address}: {describe(error)}") from error

@@ -60,7 +60,7 @@ class Load:
         self._num_runs += 1
         return [body | {"cache_salt": f"run {self._num_runs}"} for body in self._bodies]
 
-    async def run(self, fault: Callable[[list[Answer]], Any]) -> list[Answer]:
+    async def run(self, fault: Callable[[list[Answer]], Any], *, errors: frozenset[str] = frozenset()) -> list[Answer]:
         """Ask in two waves and await `fault(answers)` as soon as the second is on its way. Checks every answer."""
         answers = [Answer() for _ in self._bodies]
         asked = list(zip(self._salted(), answers, strict=True))
@@ -73,7 +73,7 @@ class Load:
         await asyncio.sleep(0.03)
         await fault(answers)
         await asyncio.gather(*tasks)
-        self.check(answers)
+        self.check(answers, errors=errors)
         return answers
 
     def check(self, answers: list[Answer], *, errors: frozenset[str] = frozenset()) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.pb import messages_pb2 as cluster_dot_rpc_dot_pb_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63luster/rpc/pb/kv_source.proto\x12\x07neap.v1\x1a\x1d\x63luster/rpc/pb/messages.proto\"f\n\x12\x46\x65tchClientMessage\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.neap.v1.FetchOpenH\x00\x12$\n\x05taken\x18\x02 \x01(\x0b\x32\x13.neap.v1.FetchTakenH\x00\x42\x06\n\x04kind\"\xe8\x02\n\tFetchOpen\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\t\x12\x13\n\x0breceiver_id\x18\x05 \x01(\t\x12\x1c\n\x14receiver_incarnation\x18\x06 \x01(\t\x12\x10\n\x08identity\x18\x07 \x01(\t\x12\x16\n\x0ekv_fingerprint\x18\x08 \x01(\t\x12\x0e\n\x06tokens\x18\t \x01(\x0c\x12\r\n\x05start\x18\n \x01(\r\x12\x0b\n\x03\x65nd\x18\x0b \x01(\r\x12\x1a\n\x12max_compute_tokens\x18\x0c \x01(\x12\x12\x12\n\ncache_salt\x18\r \x01(\x0c\x12\x14\n\x0cremaining_ms\x18\x0e \x01(\x04\x12\x12\n\ntransports\x18\x0f \x03(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x10 \x03(\t\x12\x14\n\x0cmedia_hashes\x18\x11 \x03(\x0c\"!\n\nFetchTaken\x12\x13\n\x0bpiece_index\x18\x01 \x01(\r\"\xaa\x02\n\nFetchReply\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.neap.v1.FetchAcceptedH\x00\x12\"\n\x04\x62usy\x18\x02 \x01(\x0b\x32\x12.neap.v1.FetchBusyH\x00\x12$\n\x05moved\x18\x03 \x01(\x0b\x32\x13.neap.v1.FetchMovedH\x00\x12(\n\x07refused\x18\x04 \x01(\x0b\x32\x15.neap.v1.FetchRefusedH\x00\x12\"\n\x04news\x18\x05 \x01(\x0b\x32\x12.neap.v1.FetchNewsH\x00\x12\x1f\n\x05piece\x18\x06 \x01(\x0b\x32\x0e.neap.v1.PieceH\x00\x12/\n\x0boffered_all\x18\x07 \x01(\x0b\x32\x18.neap.v1.FetchOfferedAllH\x00\x42\x06\n\x04kind\"\x84\x01\n\rFetchAccepted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x12\n\nend_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\r\x12\x11\n\ttransport\x18\x04 \x01(\t\x12#\n\x05local\x18\x05 \x01(\x0b\x32\x14.neap.v1.LocalMemory\">\n\x0bLocalMemory\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\x1d\n\tFetchBusy\x12\x10\n\x08retry_ms\x18\x01 \x01(\r\")\n\nFetchMoved\x12\x1b\n\x02to\x18\x01 \x01(\x0b\x32\x0f.neap.v1.Source\"-\n\x0c\x46\x65tchRefused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"6\n\tFetchNews\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x10\n\x08queue_ms\x18\x02 \x01(\r\"\x9c\x02\n\x05Piece\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x12\n\nend_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\r\n\x05shape\x18\t \x03(\r\x12\x1a\n\x12\x63hecksum_algorithm\x18\n \x01(\t\x12\x11\n\tchecksums\x18\x0b \x03(\x06\x12\x0f\n\x07payload\x18\x0c \x01(\x0c\x12\x11\n\tblock_ids\x18\r \x03(\r\x12\x14\n\x0chidden_state\x18\x0e \x01(\x0c\"\x11\n\x0f\x46\x65tchOfferedAll2I\n\x08KVSource\x12=\n\x05\x46\x65tch\x12\x1b.neap.v1.FetchClientMessage\x1a\x13.neap.v1.FetchReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63luster/rpc/pb/kv_source.proto\x12\x07neap.v1\x1a\x1d\x63luster/rpc/pb/messages.proto\"t\n\x12\x46\x65tchClientMessage\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.neap.v1.FetchOpenH\x00\x12$\n\x05taken\x18\x02 \x01(\x0b\x32\x13.neap.v1.FetchTakenH\x00\x12\x0c\n\x04seal\x18\x0f \x01(\x06\x42\x06\n\x04kind\"\xe8\x02\n\tFetchOpen\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\t\x12\x13\n\x0breceiver_id\x18\x05 \x01(\t\x12\x1c\n\x14receiver_incarnation\x18\x06 \x01(\t\x12\x10\n\x08identity\x18\x07 \x01(\t\x12\x16\n\x0ekv_fingerprint\x18\x08 \x01(\t\x12\x0e\n\x06tokens\x18\t \x01(\x0c\x12\r\n\x05start\x18\n \x01(\r\x12\x0b\n\x03\x65nd\x18\x0b \x01(\r\x12\x1a\n\x12max_compute_tokens\x18\x0c \x01(\x12\x12\x12\n\ncache_salt\x18\r \x01(\x0c\x12\x14\n\x0cremaining_ms\x18\x0e \x01(\x04\x12\x12\n\ntransports\x18\x0f \x03(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x10 \x03(\t\x12\x14\n\x0cmedia_hashes\x18\x11 \x03(\x0c\"!\n\nFetchTaken\x12\x13\n\x0bpiece_index\x18\x01 \x01(\r\"\xb8\x02\n\nFetchReply\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.neap.v1.FetchAcceptedH\x00\x12\"\n\x04\x62usy\x18\x02 \x01(\x0b\x32\x12.neap.v1.FetchBusyH\x00\x12$\n\x05moved\x18\x03 \x01(\x0b\x32\x13.neap.v1.FetchMovedH\x00\x12(\n\x07refused\x18\x04 \x01(\x0b\x32\x15.neap.v1.FetchRefusedH\x00\x12\"\n\x04news\x18\x05 \x01(\x0b\x32\x12.neap.v1.FetchNewsH\x00\x12\x1f\n\x05piece\x18\x06 \x01(\x0b\x32\x0e.neap.v1.PieceH\x00\x12/\n\x0boffered_all\x18\x07 \x01(\x0b\x32\x18.neap.v1.FetchOfferedAllH\x00\x12\x0c\n\x04seal\x18\x0f \x01(\x06\x42\x06\n\x04kind\"\x84\x01\n\rFetchAccepted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x12\n\nend_tokens\x18\x02 \x01(\r\x12\x10\n\x08queue_ms\x18\x03 \x01(\r\x12\x11\n\ttransport\x18\x04 \x01(\t\x12#\n\x05local\x18\x05 \x01(\x0b\x32\x14.neap.v1.LocalMemory\">\n\x0bLocalMemory\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\x1d\n\tFetchBusy\x12\x10\n\x08retry_ms\x18\x01 \x01(\r\")\n\nFetchMoved\x12\x1b\n\x02to\x18\x01 \x01(\x0b\x32\x0f.neap.v1.Source\"-\n\x0c\x46\x65tchRefused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"6\n\tFetchNews\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x10\n\x08queue_ms\x18\x02 \x01(\r\"\x9c\x02\n\x05Piece\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x12\n\nend_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\r\n\x05shape\x18\t \x03(\r\x12\x1a\n\x12\x63hecksum_algorithm\x18\n \x01(\t\x12\x11\n\tchecksums\x18\x0b \x03(\x06\x12\x0f\n\x07payload\x18\x0c \x01(\x0c\x12\x11\n\tblock_ids\x18\r \x03(\r\x12\x14\n\x0chidden_state\x18\x0e \x01(\x0c\"\x11\n\x0f\x46\x65tchOfferedAll2I\n\x08KVSource\x12=\n\x05\x46\x65tch\x12\x1b.neap.v1.FetchClientMessage\x1a\x13.neap.v1.FetchReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.rpc.pb.kv_source_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FETCHCLIENTMESSAGE']._serialized_start=74
-  _globals['_FETCHCLIENTMESSAGE']._serialized_end=176
-  _globals['_FETCHOPEN']._serialized_start=179
-  _globals['_FETCHOPEN']._serialized_end=539
-  _globals['_FETCHTAKEN']._serialized_start=541
-  _globals['_FETCHTAKEN']._serialized_end=574
-  _globals['_FETCHREPLY']._serialized_start=577
-  _globals['_FETCHREPLY']._serialized_end=875
-  _globals['_FETCHACCEPTED']._serialized_start=878
-  _globals['_FETCHACCEPTED']._serialized_end=1010
-  _globals['_LOCALMEMORY']._serialized_start=1012
-  _globals['_LOCALMEMORY']._serialized_end=1074
-  _globals['_FETCHBUSY']._serialized_start=1076
-  _globals['_FETCHBUSY']._serialized_end=1105
-  _globals['_FETCHMOVED']._serialized_start=1107
-  _globals['_FETCHMOVED']._serialized_end=1148
-  _globals['_FETCHREFUSED']._serialized_start=1150
-  _globals['_FETCHREFUSED']._serialized_end=1195
-  _globals['_FETCHNEWS']._serialized_start=1197
-  _globals['_FETCHNEWS']._serialized_end=1251
-  _globals['_PIECE']._serialized_start=1254
-  _globals['_PIECE']._serialized_end=1538
-  _globals['_FETCHOFFEREDALL']._serialized_start=1540
-  _globals['_FETCHOFFEREDALL']._serialized_end=1557
-  _globals['_KVSOURCE']._serialized_start=1559
-  _globals['_KVSOURCE']._serialized_end=1632
+  _globals['_FETCHCLIENTMESSAGE']._serialized_end=190
+  _globals['_FETCHOPEN']._serialized_start=193
+  _globals['_FETCHOPEN']._serialized_end=553
+  _globals['_FETCHTAKEN']._serialized_start=555
+  _globals['_FETCHTAKEN']._serialized_end=588
+  _globals['_FETCHREPLY']._serialized_start=591
+  _globals['_FETCHREPLY']._serialized_end=903
+  _globals['_FETCHACCEPTED']._serialized_start=906
+  _globals['_FETCHACCEPTED']._serialized_end=1038
+  _globals['_LOCALMEMORY']._serialized_start=1040
+  _globals['_LOCALMEMORY']._serialized_end=1102
+  _globals['_FETCHBUSY']._serialized_start=1104
+  _globals['_FETCHBUSY']._serialized_end=1133
+  _globals['_FETCHMOVED']._serialized_start=1135
+  _globals['_FETCHMOVED']._serialized_end=1176
+  _globals['_FETCHREFUSED']._serialized_start=1178
+  _globals['_FETCHREFUSED']._serialized_end=1223
+  _globals['_FETCHNEWS']._serialized_start=1225
+  _globals['_FETCHNEWS']._serialized_end=1279
+  _globals['_PIECE']._serialized_start=1282
+  _globals['_PIECE']._serialized_end=1566
+  _globals['_FETCHOFFEREDALL']._serialized_start=1568
+  _globals['_FETCHOFFEREDALL']._serialized_end=1585
+  _globals['_KVSOURCE']._serialized_start=1587
+  _globals['_KVSOURCE']._serialized_end=1660
 # @@protoc_insertion_point(module_scope)

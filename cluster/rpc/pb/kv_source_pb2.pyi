@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FetchClientMessage(_message.Message):
-    __slots__ = ("open", "taken")
+    __slots__ = ("open", "taken", "seal")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     open: FetchOpen
     taken: FetchTaken
-    def __init__(self, open: _Optional[_Union[FetchOpen, _Mapping]] = ..., taken: _Optional[_Union[FetchTaken, _Mapping]] = ...) -> None: ...
+    seal: int
+    def __init__(self, open: _Optional[_Union[FetchOpen, _Mapping]] = ..., taken: _Optional[_Union[FetchTaken, _Mapping]] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class FetchOpen(_message.Message):
     __slots__ = ("call_id", "request_id", "attempt", "source_incarnation", "receiver_id", "receiver_incarnation", "identity", "kv_fingerprint", "tokens", "start", "end", "max_compute_tokens", "cache_salt", "remaining_ms", "transports", "adapters", "media_hashes")
@@ -60,7 +62,7 @@ class FetchTaken(_message.Message):
     def __init__(self, piece_index: _Optional[int] = ...) -> None: ...
 
 class FetchReply(_message.Message):
-    __slots__ = ("accepted", "busy", "moved", "refused", "news", "piece", "offered_all")
+    __slots__ = ("accepted", "busy", "moved", "refused", "news", "piece", "offered_all", "seal")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,7 @@ class FetchReply(_message.Message):
     NEWS_FIELD_NUMBER: _ClassVar[int]
     PIECE_FIELD_NUMBER: _ClassVar[int]
     OFFERED_ALL_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     accepted: FetchAccepted
     busy: FetchBusy
     moved: FetchMoved
@@ -75,7 +78,8 @@ class FetchReply(_message.Message):
     news: FetchNews
     piece: Piece
     offered_all: FetchOfferedAll
-    def __init__(self, accepted: _Optional[_Union[FetchAccepted, _Mapping]] = ..., busy: _Optional[_Union[FetchBusy, _Mapping]] = ..., moved: _Optional[_Union[FetchMoved, _Mapping]] = ..., refused: _Optional[_Union[FetchRefused, _Mapping]] = ..., news: _Optional[_Union[FetchNews, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ..., offered_all: _Optional[_Union[FetchOfferedAll, _Mapping]] = ...) -> None: ...
+    seal: int
+    def __init__(self, accepted: _Optional[_Union[FetchAccepted, _Mapping]] = ..., busy: _Optional[_Union[FetchBusy, _Mapping]] = ..., moved: _Optional[_Union[FetchMoved, _Mapping]] = ..., refused: _Optional[_Union[FetchRefused, _Mapping]] = ..., news: _Optional[_Union[FetchNews, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ..., offered_all: _Optional[_Union[FetchOfferedAll, _Mapping]] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class FetchAccepted(_message.Message):
     __slots__ = ("cached_tokens", "end_tokens", "queue_ms", "transport", "local")

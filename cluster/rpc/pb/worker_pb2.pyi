@@ -8,19 +8,21 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SwitchRequest(_message.Message):
-    __slots__ = ("incarnation", "expected_epoch", "role", "timeout_ms")
+    __slots__ = ("incarnation", "expected_epoch", "role", "timeout_ms", "seal")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     expected_epoch: int
     role: _messages_pb2.Role
     timeout_ms: int
-    def __init__(self, incarnation: _Optional[str] = ..., expected_epoch: _Optional[int] = ..., role: _Optional[_Union[_messages_pb2.Role, str]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    seal: int
+    def __init__(self, incarnation: _Optional[str] = ..., expected_epoch: _Optional[int] = ..., role: _Optional[_Union[_messages_pb2.Role, str]] = ..., timeout_ms: _Optional[int] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class SwitchReply(_message.Message):
-    __slots__ = ("outcome", "reason", "info", "moved", "finished_in_place", "duration_ms", "canary_ms")
+    __slots__ = ("outcome", "reason", "info", "moved", "finished_in_place", "duration_ms", "canary_ms", "seal")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +30,7 @@ class SwitchReply(_message.Message):
     FINISHED_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     DURATION_MS_FIELD_NUMBER: _ClassVar[int]
     CANARY_MS_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     outcome: str
     reason: str
     info: _messages_pb2.WorkerInfo
@@ -35,23 +38,26 @@ class SwitchReply(_message.Message):
     finished_in_place: int
     duration_ms: float
     canary_ms: float
-    def __init__(self, outcome: _Optional[str] = ..., reason: _Optional[str] = ..., info: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., moved: _Optional[int] = ..., finished_in_place: _Optional[int] = ..., duration_ms: _Optional[float] = ..., canary_ms: _Optional[float] = ...) -> None: ...
+    seal: int
+    def __init__(self, outcome: _Optional[str] = ..., reason: _Optional[str] = ..., info: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., moved: _Optional[int] = ..., finished_in_place: _Optional[int] = ..., duration_ms: _Optional[float] = ..., canary_ms: _Optional[float] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "dispatch", "abort", "release", "batch", "taken")
+    __slots__ = ("hello", "dispatch", "abort", "release", "batch", "taken", "seal")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DISPATCH_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     dispatch: Dispatch
     abort: Abort
     release: Release
     batch: RouterBatch
     taken: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., dispatch: _Optional[_Union[Dispatch, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
+    seal: int
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., dispatch: _Optional[_Union[Dispatch, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., batch: _Optional[_Union[RouterBatch, _Mapping]] = ..., taken: _Optional[int] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class RouterBatch(_message.Message):
     __slots__ = ("messages",)
@@ -124,14 +130,18 @@ class Release(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("welcome", "heartbeat", "batch")
+    __slots__ = ("welcome", "heartbeat", "batch", "num_read", "seal")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_READ_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     welcome: _messages_pb2.WorkerInfo
     heartbeat: Heartbeat
     batch: Batch
-    def __init__(self, welcome: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
+    num_read: int
+    seal: int
+    def __init__(self, welcome: _Optional[_Union[_messages_pb2.WorkerInfo, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., num_read: _Optional[int] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("info", "load", "step_count", "step_age_ms", "peers")

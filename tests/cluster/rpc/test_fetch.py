@@ -17,6 +17,7 @@ from cluster.rpc.fetch_server import FetchServicer
 from cluster.rpc.pb import kv_source_pb2 as pb
 from cluster.rpc.pb import kv_source_pb2_grpc as pb_grpc
 from cluster.rpc.pb import worker_pb2_grpc
+from cluster.rpc.seal import SealedChannel
 from cluster.rpc.server import WorkerServer
 from cluster.types import (
     FetchAccepted,
@@ -216,7 +217,7 @@ def test_a_receiver_that_reads_nothing_costs_no_memory_and_can_be_ended() -> Non
     async def run() -> None:
         source = Source(payload=bytes(4 << 20))
         async with serving(source) as servicer, open_channel(source.address) as channel:
-            deaf = pb_grpc.KVSourceStub(channel).Fetch()
+            deaf = pb_grpc.KVSourceStub(SealedChannel(channel)).Fetch()
             await deaf.write(open_to_pb(OPEN))
             await until(lambda: source.opened)
             for index in range(64):
@@ -233,7 +234,7 @@ def test_a_receiver_that_reads_nothing_costs_no_memory_and_can_be_ended() -> Non
 
 async def _status_of(source: Source, *messages: pb.FetchClientMessage) -> tuple[StatusCode, str]:
     async with serving(source), open_channel(source.address) as channel:
-        call = pb_grpc.KVSourceStub(channel).Fetch()
+        call = pb_grpc.KVSourceStub(SealedChannel(channel)).Fetch()
         for message in messages:
             await call.write(message)
         with pytest.raises(aio.AioRpcError) as caught:
@@ -256,11 +257,11 @@ def test_a_second_open_or_a_call_id_in_use_end_that_call_alone() -> None:
     async def run() -> None:
         source = Source()
         async with calling(source, OPEN) as (servicer, _, receiver), open_channel(source.address) as channel:
-            twin = pb_grpc.KVSourceStub(channel).Fetch()
+            twin = pb_grpc.KVSourceStub(SealedChannel(channel)).Fetch()
             await twin.write(open_to_pb(OPEN))
             with pytest.raises(aio.AioRpcError, match="being served"):
                 await twin.read()
-            rude = pb_grpc.KVSourceStub(channel).Fetch()
+            rude = pb_grpc.KVSourceStub(SealedChannel(channel)).Fetch()
             await rude.write(open_to_pb(replace(OPEN, call_id="rude")))
             await rude.write(open_to_pb(replace(OPEN, call_id="rude")))
             await until(lambda: source.broken == ["rude"])

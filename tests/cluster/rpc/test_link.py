@@ -13,10 +13,12 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.rpc.channel import open_channel
-from cluster.rpc.link import LinkClient
+from cluster.rpc.convert import heartbeat_to_pb, info_to_pb
+from cluster.rpc.link import UNREAD_BEATS, LinkClient
 from cluster.rpc.link_server import LinkServicer
 from cluster.rpc.pb import kv_source_pb2_grpc, worker_pb2
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
+from cluster.rpc.seal import SealedChannel
 from cluster.rpc.server import WorkerServer
 from cluster.rpc.switch_server import SwitchMethod
 from cluster.types import (
@@ -183,6 +185,42 @@ def test_a_dropped_link_is_told_to_both_ends_and_made_anew() -> None:
     asyncio.run(run())
 
 
+class DeafWorker(pb_grpc.WorkerServicer):
+    """Says Welcome and sends heartbeats, whose num_read is what the test says."""
+
+    num_read = 0
+
+    async def Link(self, request_iterator: object, context: aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        await context.read()
+        await context.write(worker_pb2.WorkerMessage(welcome=info_to_pb(INFO)))
+        while True:
+            message = heartbeat_to_pb(Heartbeat(info=INFO))
+            message.num_read = self.num_read
+            await context.write(message)
+            await asyncio.sleep(0.001)
+
+
+def test_a_worker_that_reads_nothing_loses_its_link_only_when_there_is_something_to_read() -> None:
+    async def run() -> None:
+        worker, router = DeafWorker(), Router()
+        server = WorkerServer(worker, kv_source_pb2_grpc.KVSourceServicer(), host="127.0.0.1", port=0)
+        link = router.link(replace(INFO, address=await server.start()))
+        link.start()
+        await until(lambda: len(router.heartbeats) > 3 * UNREAD_BEATS)
+        for _ in range(2):  # it reads a message, and then no more
+            link.send(AbortRequest(request_id="r", attempt=1))
+            wanted = len(router.heartbeats) + UNREAD_BEATS // 2
+            await until(lambda wanted=wanted: len(router.heartbeats) > wanted)  # type: ignore[misc]
+            worker.num_read = 1
+        assert router.events == ["up 1"]
+        worker.num_read = 1
+        await until(lambda: router.events[:2] == ["up 1", "down"])
+        await link.close()
+        await server.stop()
+
+    asyncio.run(run())
+
+
 def test_another_worker_at_the_address_is_not_welcomed() -> None:
     async def run() -> None:
         worker, router = Worker(worker_id="somebody else"), Router()
@@ -203,7 +241,7 @@ def test_a_router_that_does_not_read_loses_its_link_and_others_keep_theirs() -> 
             link = router.link(worker.info())
             link.start()
             await until(lambda: link.is_up)
-            deaf = pb_grpc.WorkerStub(channel).Link()
+            deaf = pb_grpc.WorkerStub(SealedChannel(channel)).Link()
             await deaf.write(worker_pb2.RouterMessage(hello=worker_pb2.Hello(router_id="deaf")))
             await until(lambda: servicer.num_links == 2)
             link.send(DISPATCH)
@@ -227,7 +265,7 @@ def test_a_bad_dispatch_fails_alone() -> None:
     async def run() -> None:
         worker = Worker()
         async with serving(worker), open_channel(worker.address) as channel:
-            call = pb_grpc.WorkerStub(channel).Link()
+            call = pb_grpc.WorkerStub(SealedChannel(channel)).Link()
             await call.write(worker_pb2.RouterMessage(hello=worker_pb2.Hello(router_id="r")))
             await call.read()
             await call.write(worker_pb2.RouterMessage(dispatch=worker_pb2.Dispatch(request_id="x", attempt=3)))
@@ -246,7 +284,7 @@ def test_a_link_that_does_not_begin_with_hello_is_refused() -> None:
     async def run() -> None:
         worker = Worker()
         async with serving(worker), open_channel(worker.address) as channel:
-            call = pb_grpc.WorkerStub(channel).Link()
+            call = pb_grpc.WorkerStub(SealedChannel(channel)).Link()
             await call.write(worker_pb2.RouterMessage())
             with pytest.raises(aio.AioRpcError, match="begins with Hello"):
                 await call.read()

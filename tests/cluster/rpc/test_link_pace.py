@@ -10,6 +10,7 @@ from cluster.rpc.convert import router_batch_to_pb, router_messages_in
 from cluster.rpc.outbox import MAX_BATCH, MAX_BATCH_BYTES, MAX_UNTAKEN, RouterOutbox
 from cluster.rpc.pb import worker_pb2
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
+from cluster.rpc.seal import SealedChannel
 from cluster.types import AbortRequest
 from tests.cluster.rpc.test_link import DISPATCH, Router, Worker, serving, tokens, until
 
@@ -60,7 +61,7 @@ def test_a_router_that_takes_nothing_gets_a_few_batches_and_then_all_the_rest_in
     async def run() -> None:
         worker = Worker()
         async with serving(worker, max_tokens=10_000) as (servicer, _), open_channel(worker.address) as channel:
-            call = pb_grpc.WorkerStub(channel).Link()
+            call = pb_grpc.WorkerStub(SealedChannel(channel)).Link()
             await call.write(worker_pb2.RouterMessage(hello=worker_pb2.Hello(router_id="r")))
             assert (await call.read()).HasField("welcome")
             await call.write(router_batch_to_pb([DISPATCH]))

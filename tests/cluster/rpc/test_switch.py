@@ -13,6 +13,7 @@ from grpc import aio
 from cluster.rpc.channel import SERVER_OPTIONS
 from cluster.rpc.pb import worker_pb2 as pb
 from cluster.rpc.pb import worker_pb2_grpc as pb_grpc
+from cluster.rpc.seal import SealedChannel, SealedServer
 from cluster.rpc.switch_client import SwitchCallError, call_switch
 from cluster.rpc.switch_server import SwitchContext, SwitchMethod
 from cluster.types import SwitchReply, SwitchRequest, WorkerInfo
@@ -53,7 +54,7 @@ class Servicer(pb_grpc.WorkerServicer):
 @asynccontextmanager
 async def serving(servicer: pb_grpc.WorkerServicer) -> AsyncIterator[str]:
     server = aio.server(options=SERVER_OPTIONS)
-    pb_grpc.add_WorkerServicer_to_server(servicer, server)
+    pb_grpc.add_WorkerServicer_to_server(servicer, SealedServer(server))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -125,7 +126,7 @@ def test_a_role_that_is_none_and_an_outcome_that_is_none_are_errors_of_the_wire(
                 await call_switch(address, REQUEST)
         async with serving(Servicer(worker)) as address, aio.insecure_channel(address) as channel:
             with pytest.raises(aio.AioRpcError, match="role 9"):
-                await pb_grpc.WorkerStub(channel).Switch(pb.SwitchRequest(role=9))  # type: ignore[arg-type]
+                await pb_grpc.WorkerStub(SealedChannel(channel)).Switch(pb.SwitchRequest(role=9))  # type: ignore[arg-type]
         assert worker.asked == []
 
     asyncio.run(scenario())
