@@ -22,7 +22,7 @@ from cluster.router.effects import Submit
 from cluster.router.policies import POLICY_NAMES
 from cluster.sim.cluster import SimCluster, SimConfig
 from cluster.sim.router import SimResult
-from cluster.sim.worker import SimWorkerConfig
+from cluster.sim.worker_config import SimWorkerConfig
 from engine.config import EngineConfig, Role
 from engine.fake_engine import FakeConfig
 from engine.request import SamplingParams

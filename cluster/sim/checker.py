@@ -6,8 +6,8 @@
    epoch that it is first ready with.)
 3. No block with two owners (owners.py), no copy into a block that is somebody else's (copies.py).
 4. Tokens are delivered only from the incarnation and attempt that the router dispatched to last.
-5. A worker runs no dispatch of another incarnation or epoch; a source serves no call for another incarnation; a switch
-   whose fences do not match is refused.
+5. A worker takes no dispatch of another incarnation or epoch and none twice, serves no call for another incarnation,
+   begins no switch whose fences do not match; and refuses none of these that fits.
 6. No piece is refused that was not spoiled (nor does a copy of one fail: corruption.py).
 7. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
 8. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
@@ -24,8 +24,7 @@ from cluster.sim.owners import BlockOwners
 from cluster.sim.router import SimResult, SimRouter
 from cluster.sim.worker import SimWorker
 from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, SourceFailed, SwitchRequest, WorkerInfo
-from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, SendSwitchReply, StartCopy, ToEngine
-from engine.messages import Serve
+from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, SendSwitchReply, StartCopy
 
 NO_WORKER_S = 10.0
 FAR_S = 900.0  # deadlines beyond this are none
@@ -118,19 +117,23 @@ class Checker:
         """5, of dispatches."""
         machine = worker.decode
         inner = machine.on_dispatch
+        taken: set[tuple[str, int]] = set()
 
         def on_dispatch(now: float, link_id: str, dispatch: Dispatch) -> list[Effect]:
             mine = machine.info
+            num_stale = machine.counters["stale_dispatches"]
             effects = inner(now, link_id, dispatch)
             self.num_checks += 1
-            if (dispatch.incarnation, dispatch.epoch) == (mine.incarnation, mine.epoch) and mine.state == "ready":
-                return effects
+            name = f"{mine.worker_id} (epoch {mine.epoch}, {mine.state}), {dispatch.request_id}/{dispatch.attempt}"
             answers = [effect.entry for effect in effects if isinstance(effect, SendEntry)]
-            if not any(isinstance(entry, Failed) and entry.code == REFUSED for entry in answers):
-                self.report(
-                    f"{mine.worker_id} (epoch {mine.epoch}, {mine.state}) takes {dispatch.request_id} of epoch "
-                    f"{dispatch.epoch}, incarnation {dispatch.incarnation[:8]}"
-                )
+            codes = [entry.code for entry in answers if isinstance(entry, Failed)]
+            fits = (dispatch.incarnation, dispatch.epoch) == (mine.incarnation, mine.epoch) and mine.state == "ready"
+            if fits == (REFUSED in codes):
+                self.report(f"{name} of epoch {dispatch.epoch}: {'refused' if fits else 'taken'}")
+            if fits and not codes and machine.counters["stale_dispatches"] == num_stale:
+                if (dispatch.request_id, dispatch.attempt) in taken:
+                    self.report(f"{name}: taken twice")
+                taken.add((dispatch.request_id, dispatch.attempt))
             return effects
 
         machine.on_dispatch = on_dispatch  # type: ignore[method-assign]
@@ -142,11 +145,13 @@ class Checker:
 
         def on_fetch(now: float, call: FetchOpen) -> list[Effect]:
             effects = inner(now, call)
-            if call.source_incarnation != machine.info.incarnation:
-                refused = any(isinstance(e, SendFetch) and isinstance(e.reply, FetchRefused) for e in effects)
-                served = any(isinstance(e, ToEngine) and isinstance(e.command, Serve) for e in effects)
-                if served or not refused:
-                    self.report(f"{machine.info.worker_id} serves a call for another incarnation")
+            replies = [effect.reply for effect in effects if isinstance(effect, SendFetch)]
+            refused = any(isinstance(reply, FetchRefused) and reply.code == "incarnation" for reply in replies)
+            if refused == (call.source_incarnation == machine.info.incarnation):
+                what = "refused" if refused else "served"
+                self.report(
+                    f"{machine.info.worker_id}: call {call.call_id} for {call.source_incarnation[:8]} is {what}"
+                )
             return effects
 
         machine.on_fetch = on_fetch  # type: ignore[method-assign]
@@ -159,9 +164,13 @@ class Checker:
         def on_switch(now: float, call_id: str, request: SwitchRequest) -> list[Effect]:
             mine = machine.info
             effects = inner(now, call_id, request)
+            replies = [effect.reply for effect in effects if isinstance(effect, SendSwitchReply)]
+            refused = any(reply.outcome == "refused" for reply in replies)
             fits = (request.incarnation, request.expected_epoch) == (mine.incarnation, mine.epoch)
-            if not fits and not any(isinstance(e, SendSwitchReply) and e.reply.outcome == "refused" for e in effects):
-                self.report(f"{mine.worker_id} (epoch {mine.epoch}) takes a switch for epoch {request.expected_epoch}")
+            known = mine.state == "ready" and not any("canary" in reply.reason for reply in replies)
+            if refused == (fits and known) and (refused or not fits):
+                what = "refused" if refused else "taken"
+                self.report(f"{mine.worker_id} (epoch {mine.epoch}): switch for {request.expected_epoch} is {what}")
             return effects
 
         machine.on_switch = on_switch  # type: ignore[method-assign]

@@ -21,7 +21,8 @@ from cluster.sim.network import Network
 from cluster.sim.process import SimProcess
 from cluster.sim.registry import SimRegistry
 from cluster.sim.router import SimResult, SimRouter
-from cluster.sim.worker import SimWorker, SimWorkerConfig
+from cluster.sim.worker import SimWorker
+from cluster.sim.worker_config import SimWorkerConfig
 from cluster.types import WorkerInfo
 from cluster.worker.effects import Effect
 from engine.fake_engine import ArrayMemory

@@ -15,7 +15,7 @@ from cluster.sim.clock import VirtualClock
 from cluster.sim.network import Connection, End, Network
 from cluster.sim.process import SimProcess
 from cluster.sim.worker import SimWorker
-from cluster.types import AbortRequest, Dispatch, Heartbeat, Path, WorkerInfo
+from cluster.types import Dispatch, Heartbeat, Path, WorkerInfo
 
 RECONNECT_S = 0.2
 
@@ -171,8 +171,8 @@ class SimRouter:
             if self._keep_decisions and isinstance(effect.message, Dispatch):
                 self.decisions += self.dispatcher.chooser.decisions(effect.message.request_id)[:1]
             if (link := self._links.get(effect.worker_id)) is not None:
-                # the outbox sends aborts before what was queued earlier (cluster/rpc/outbox.py)
-                link.send(0, effect.message, urgent=isinstance(effect.message, AbortRequest))
+                # the outbox sends aborts and releases before dispatches (cluster/rpc/outbox.py)
+                link.send(0, effect.message, urgent=not isinstance(effect.message, Dispatch))
         elif isinstance(effect, Deliver):
             self._deliver(effect)
         elif isinstance(effect, DeliverScores):

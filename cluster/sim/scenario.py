@@ -21,7 +21,7 @@ from cluster.sim.controller import SimController
 from cluster.sim.corruption import KINDS as CORRUPTIONS
 from cluster.sim.corruption import CorruptionCounts, Corruptor
 from cluster.sim.stages import PHASES, StageWatcher
-from cluster.sim.worker import SimWorkerConfig
+from cluster.sim.worker_config import SimWorkerConfig
 from cluster.sim.workload import tokens
 from cluster.worker.effects import StartCopy
 from engine.config import EngineConfig, Role

@@ -7,7 +7,7 @@ their predicted time; a hung rank finishes none while the network side goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from cluster.sim.copies import land, payload
 from cluster.sim.faults import Faults
 from cluster.sim.network import Connection, End, Network
 from cluster.sim.process import SimProcess
+from cluster.sim.worker_config import SimWorkerConfig
 from cluster.transfer.connector import CallFence
 from cluster.types import (
     HEARTBEAT_S,
@@ -49,27 +50,10 @@ from cluster.worker.effects import (
 )
 from cluster.worker.machine import WorkerMachine
 from cluster.worker.prefill import PrefillMachine
-from engine.config import Role
-from engine.fake_engine import ArrayMemory, FakeConfig, build_fake_engine
+from engine.fake_engine import ArrayMemory, build_fake_engine
 from engine.messages import StepEvents
 
 RING_S = 20e-6  # a command on its way to the rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimWorkerConfig:
-    """One worker. Workers on different `host`s cannot open each other's memory. Times in seconds.
-
-    A step takes its predicted time, or up to `step_jitter` of it more or less.
-    """
-
-    worker_id: str
-    role: Role
-    engine: FakeConfig = field(default_factory=FakeConfig)
-    host: str = "host-1"
-    copy_s: float = 0.0005
-    copy_s_per_block: float = 0.0001
-    step_jitter: float = 0.0
 
 
 class World(Protocol):

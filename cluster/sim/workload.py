@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.router.effects import Submit
 from cluster.sim.cluster import SimCluster, SimConfig
-from cluster.sim.worker import SimWorkerConfig
+from cluster.sim.worker_config import SimWorkerConfig
 from engine.config import EngineConfig, Role
 from engine.fake_engine import FakeConfig, FakeModel
 from engine.request import SamplingParams
