@@ -10,7 +10,8 @@
    begins no switch whose fences do not match; and refuses none of these that fits.
 6. No piece is refused that was not spoiled (nor does a copy of one fail: corruption.py).
 7. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
-8. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
+8. No router gives up a worker that no fault has hit, however late its own loop runs.
+9. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ class Checker:
                 self._last[dispatch.request_id] = (router.router_id, dispatch.incarnation, dispatch.attempt)
                 self._ran_on.setdefault(dispatch.request_id, set()).add(dispatch.incarnation)
         elif isinstance(effect, DropLink):
-            self._disturbed.add(router.linked_to(effect.worker_id))
+            incarnation = router.linked_to(effect.worker_id)
+            if incarnation not in self._disturbed:
+                self.report(f"{router.router_id} gives up {effect.worker_id}, which nothing hit: {effect.reason}")
+            self._disturbed.add(incarnation)
         elif isinstance(effect, Ended) and effect.code == "internal_error":
             self.report(f"{effect.request_id} ends with internal_error: {effect.message}")
 
@@ -215,6 +219,6 @@ class Checker:
         return False
 
     def check_leaks(self, sim: SimCluster) -> None:
-        """8."""
+        """9."""
         for leak in sim.leaks():
             self.report(f"leak: {leak}")

@@ -57,6 +57,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "cluster.worker.pull",
         "source.incarnation in self._remote_only",
     ): "which transports are offered: every piece comes over gRPC then, which is slower",
+    (
+        "cluster.router.choosing",
+        "decision.attempt == 1",
+    ): "which predictions are compared with what came: figures for people",
+    (
+        "cluster.router.choosing",
+        "decision.attempt == failed.attempt",
+    ): "which decision's explanation names the source that failed: words for people",
+    (
+        "cluster.router.dispatch",
+        "before.info.incarnation != info.incarnation",
+    ): "forgets what the old incarnation's cache held and its breakers: hints, corrected by each first reply",
 }
 
 _OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {
