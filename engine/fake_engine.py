@@ -13,7 +13,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -131,9 +131,12 @@ def spread(chain: WordArray, num_words: int) -> WordArray:
     return chain[:, None] * odd_multipliers(num_words)[None, :]
 
 
+@cache
 def odd_multipliers(num_words: int) -> WordArray:
     """uint64 [num_words]: 1, then odd numbers."""
-    return np.arange(num_words, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C16) + np.uint64(1)
+    odd = np.arange(num_words, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C16) + np.uint64(1)
+    odd.flags.writeable = False
+    return odd
 
 
 class ArrayMemory:
