@@ -170,7 +170,7 @@ class AdminConfig(_Section):
 
     host: str = Field(default="127.0.0.1", description="Address the admin API listens on.")
     port: int = Field(
-        default=0, ge=0, le=65535, description="Port of the admin API; 0: 8181, or a free one if that is taken."
+        default=0, ge=0, le=65535, description="Port of the admin API; 0: 8179, or a free one if that is taken."
     )
     token: str = Field(
         default="", repr=False, description="Bearer token (also NEAP_ADMIN_TOKEN). Default: made at each start."

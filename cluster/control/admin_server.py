@@ -18,7 +18,7 @@ from cluster.control.admin import admin_app
 from cluster.control.admin_note import AdminNote
 from cluster.control.roles import Roles
 
-DEFAULT_PORT = 8181
+DEFAULT_PORT = 8179  # below the routers' ports, which count up from 8180, and what FastDeploy puts beside them
 CLOSE_S = 1.0
 
 

@@ -44,7 +44,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def note(url: str = "http://127.0.0.1:8181", *routers: str, pid: int | None = None) -> None:
+def note(url: str = "http://127.0.0.1:8179", *routers: str, pid: int | None = None) -> None:
     path = AdminNote(url=url, token="note", routers=routers or (ROUTER,), pid=pid or os.getpid()).write(
         Path("/nowhere")
     )
@@ -56,8 +56,8 @@ def test_the_only_cluster_that_runs_here_is_meant(asked: list[Any]) -> None:
     assert run("switch", "decode-0", "--to", "prefill") == (0, ANSWER["words"] + "\n")
     assert run("drain", "a/b") == (0, ANSWER["words"] + "\n")
     assert asked == [
-        ("http://127.0.0.1:8181", "note", "/v1/workers/decode-0/switch", {"role": "prefill"}),
-        ("http://127.0.0.1:8181", "note", "/v1/workers/a%2Fb/drain", {}),
+        ("http://127.0.0.1:8179", "note", "/v1/workers/decode-0/switch", {"role": "prefill"}),
+        ("http://127.0.0.1:8179", "note", "/v1/workers/a%2Fb/drain", {}),
     ]
     assert json.loads(run("switch", "decode-0", "--to", "prefill", "--json")[1]) == ANSWER
 
@@ -67,12 +67,12 @@ def test_a_router_s_address_names_its_cluster_and_another_wants_a_token(
 ) -> None:
     note()
     run("drain", "w", "--url", "http://localhost:8180/v1")
-    run("drain", "w", "--url", "http://127.0.0.1:8181", "--token", "mine")
+    run("drain", "w", "--url", "http://127.0.0.1:8179", "--token", "mine")
     monkeypatch.setenv("NEAP_ADMIN_TOKEN", "env")
     run("drain", "w", "--url", "http://far:9")
     assert [(url, token) for url, token, _, _ in asked] == [
-        ("http://127.0.0.1:8181", "note"),
-        ("http://127.0.0.1:8181", "mine"),
+        ("http://127.0.0.1:8179", "note"),
+        ("http://127.0.0.1:8179", "mine"),
         ("http://far:9", "env"),
     ]
 
