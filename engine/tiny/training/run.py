@@ -32,7 +32,7 @@ from engine.tiny.training.export import replace_checkpoint
 from engine.tiny.training.measures import accuracy_by_skill, measure
 from engine.tiny.training.model import TinyErnie
 from engine.tiny.training.optimizer import Optimizer
-from engine.tiny.training.settings import Budget, Settings
+from engine.tiny.training.settings import Settings
 from engine.tiny.training.tokenizer import train_tokenizer
 
 _STATE, _TOKENIZER, _LOG = "state.safetensors", "tokenizer.json", "log.jsonl"
@@ -142,21 +142,23 @@ class Run:
         save_file(tensors, new, metadata={"progress": json.dumps(vars(self.progress))})
         new.replace(self._folder / _STATE)
 
-    def train(self, budget: Budget) -> list[float]:
-        """Step until the budget is spent, then measure, save and export. Returns the loss of each step."""
-        losses = self.train_steps(budget, None)
+    def train(self, minutes: float | None = None) -> list[float]:
+        """Step until the run is done, or for so many minutes; then measure, save and export. Returns the losses."""
+        losses = self.train_steps(None, minutes)
         self.evaluate()
         self.save()
         self.export()
         return losses
 
-    def train_steps(self, budget: Budget, at_most: int | None) -> list[float]:
-        """Up to so many steps of the budget. Returns their losses."""
+    def train_steps(self, at_most: int | None, minutes: float | None = None) -> list[float]:
+        """Up to so many steps of the run, begun within so many minutes (None: no limit). Returns their losses."""
         settings, progress = self._settings, self.progress
         losses: list[float] = []
         started, before = time.monotonic(), progress.elapsed_s
         logged_s, logged_tokens = progress.elapsed_s, progress.num_tokens
-        while (done := budget.progress(progress.step, progress.elapsed_s)) < 1.0 and len(losses) != at_most:
+        while (done := settings.progress(progress.num_tokens)) < 1.0 and len(losses) != at_most:
+            if minutes is not None and progress.elapsed_s - before >= 60 * minutes:
+                break
             figures = self._step(done)
             losses.append(figures["loss"])
             progress.step += 1

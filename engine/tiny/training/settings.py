@@ -61,18 +61,8 @@ class Settings:
     threads: int = 2
     eval_questions: int = 20  # of each skill
     eval_length: int = 800  # longer questions are left to `neap eval`
+    tokens: int = 24_000_000  # of the whole run: rates and curriculum follow them, not the clock
 
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long to train: a number of steps (the same losses every time), or minutes. Exactly one of them is given."""
-
-    steps: int | None = None
-    minutes: float | None = None
-
-    def progress(self, steps: int, elapsed_s: float) -> float:
-        """In [0, 1]; 1 is done."""
-        if self.steps is not None:
-            return min(1.0, steps / self.steps) if self.steps else 1.0
-        assert self.minutes is not None, "a budget has steps or minutes"
-        return min(1.0, elapsed_s / (60 * self.minutes)) if self.minutes else 1.0
+    def progress(self, num_tokens: int) -> float:
+        """In [0, 1] after so many tokens; 1 is done."""
+        return min(1.0, num_tokens / self.tokens)

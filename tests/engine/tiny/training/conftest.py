@@ -40,6 +40,7 @@ def small_settings() -> Settings:
         eval_length=120,
         eval_steps=4,
         save_steps=1000,
+        tokens=3600,
     )
 
 

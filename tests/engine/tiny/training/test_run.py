@@ -15,30 +15,28 @@ from engine.text.tokenizer import Tokenizer
 from engine.tiny.skills import held_out
 from engine.tiny.training.measures import expert_histogram, mtp_agreement
 from engine.tiny.training.run import Run
-from engine.tiny.training.settings import Budget, Settings
+from engine.tiny.training.settings import Settings
 
 CPU = torch.device("cpu")
 
 
 def test_a_resumed_run_is_bit_equal_to_one_that_was_never_stopped(tmp_path: Path, small_settings: Settings) -> None:
-    # The rates follow progress, so the part before the stop has the whole run's budget and is cut by hand.
-    whole = Run.start(tmp_path / "whole", small_settings, CPU).train(Budget(steps=6))
-    first = Run.start(tmp_path / "parts", replace(small_settings, save_steps=3), CPU)
-    stopped = first.train(Budget(steps=6))
-    assert stopped == whole, "the same seed gives the same losses"
+    whole = Run.start(tmp_path / "whole", small_settings, CPU).train()
+    assert len(whole) >= 5
 
-    interrupted = Run.start(tmp_path / "again", replace(small_settings, threads=1), CPU)
-    before = interrupted.train_steps(Budget(steps=6), 3)
+    # On one thread up to the stop: the number of threads changes no bit.
+    interrupted = Run.start(tmp_path / "parts", replace(small_settings, threads=1), CPU)
+    before = interrupted.train_steps(3)
     interrupted.save()
-    after = Run.resume(tmp_path / "again", small_settings, CPU).train(Budget(steps=6))
+    after = Run.resume(tmp_path / "parts", small_settings, CPU).train()
     assert before + after == whole
-    states = [load_file(tmp_path / name / "state.safetensors") for name in ("whole", "again")]
+    states = [load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_the_loss_falls_and_the_result_is_a_checkpoint(tmp_path: Path, small_settings: Settings) -> None:
-    settings = replace(small_settings, step_tokens=1200, micro_tokens=1200, other_rate=0.02)
-    losses = Run.start(tmp_path, settings, CPU).train(Budget(steps=30))
+    settings = replace(small_settings, step_tokens=1200, micro_tokens=1200, other_rate=0.02, tokens=36_000)
+    losses = Run.start(tmp_path, settings, CPU).train()
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
     folder = tmp_path / "checkpoint"
@@ -50,6 +48,11 @@ def test_the_loss_falls_and_the_result_is_a_checkpoint(tmp_path: Path, small_set
     assert 0.0 < mtp_agreement(folder, examples) <= 1.0
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"accuracy", "least_load", "mtp_agreement"} <= entries[-1].keys()
+
+
+def test_a_session_without_minutes_only_measures_and_exports(tmp_path: Path, small_settings: Settings) -> None:
+    assert Run.start(tmp_path, small_settings, CPU).train(minutes=0) == []
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
 def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path: Path, small_settings: Settings) -> None:
