@@ -194,6 +194,7 @@ class Controller:
         for info in self._registry.workers():
             if info.worker_id == status.worker_id:
                 self._registry.remove_worker(info.worker_id, info.incarnation)
+                self.roles.on_worker_lost(info.worker_id)
         self._ended(status.worker_id, status.failed, status.last_words, status.log)
 
     def _ended(self, process_id: str, failed: bool, words: str, log_path: str) -> None:

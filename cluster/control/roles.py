@@ -11,6 +11,7 @@ is not let go, by nobody. After a change by hand the planner keeps still for a w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -31,6 +32,7 @@ from cluster.types import SwitchReply, SwitchRequest, WorkerInfo
 from engine.config import Role
 
 MAX_RECORDS = 32
+UNHEARD_S = 10.0
 HAND_S = 60.0  # so long what people have changed is left as it is
 log = logging.getLogger("neap.control")
 
@@ -75,8 +77,11 @@ class Roles:
         self._traffic = Traffic()
         self._changing: dict[str, str] = {}  # worker id -> pool
         self._tasks: set[asyncio.Task[None]] = set()
+        self._came: dict[str, float] = {}  # by incarnation: when it was first seen in the registry,
+        self._heard: set[str] = set()  # and who was ever heard
         self._hand_at = -math.inf
         self._hand_saw: frozenset[str] = frozenset()  # incarnations that were there then
+        self._wake = asyncio.Event()
         self._plan = Plan()
         self._planned_at = clock()
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
@@ -87,11 +92,18 @@ class Roles:
         """Look, plan and change for ever."""
         while True:
             began = self._clock()
+            self._wake.clear()
             try:
                 await self.step()
             except Exception:  # a fault of the planner must not end what supervises the processes
                 log.exception("no plan was made")
-            await asyncio.sleep(max(0.1, self._options.interval_s - (self._clock() - began)))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(0.1, self._options.interval_s - (self._clock() - began)))
+
+    def on_worker_lost(self, worker_id: str) -> None:
+        """Its process is gone: what that means for the others is looked at now, not when its links have been missed."""
+        self._window.on_worker_down(worker_id)
+        self._wake.set()
 
     async def step(self) -> None:
         """One round; the changes that it begins go on by themselves."""
@@ -100,6 +112,9 @@ class Roles:
             return
         self._planned_at = self._clock()
         observation = self._window.observe(self._planned_at, self._traffic)
+        if unheard := self._unheard():
+            self._plan = Plan(words=(f"Not heard from yet: {', '.join(unheard)}. Nothing is planned without them.",))
+            return
         if self._is_in_hand(observation):
             ago_s = self._planned_at - self._hand_at
             self._plan = Plan(
@@ -112,6 +127,15 @@ class Roles:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _unheard(self) -> list[str]:
+        """Ready workers that no router has spoken of since they came; they are waited for, but not for ever."""
+        now, ready = self._clock(), [info for info in self._infos() if info.state == "ready"]
+        here = {info.incarnation for info in ready}
+        self._came = {name: self._came.get(name, now) for name in here}
+        self._heard &= here
+        late = {name for name, at in self._came.items() if name not in self._heard and now - at < UNHEARD_S}
+        return sorted(info.worker_id for info in ready if info.incarnation in late)
+
     def _is_in_hand(self, observation: Observation) -> bool:
         here = {worker.info.incarnation for worker in observation.workers}
         return self._planned_at - self._hand_at < HAND_S and self._hand_saw <= here
@@ -120,7 +144,11 @@ class Roles:
         """Ask the routers how the workers are and what comes in."""
         view = await look(self._routers(), self._infos())
         now = self._clock()
+        registered = {info.incarnation for info in self._infos()}  # one may have gone meanwhile
         for heard in view.heard:
+            if heard.info.incarnation not in registered:
+                continue
+            self._heard.add(heard.info.incarnation)
             self._window.on_worker(now - heard.age_ms / 1000, heard.info, heard.load, heard.peers)
         if view.num_routers:
             self._traffic = view.traffic

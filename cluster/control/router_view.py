@@ -14,6 +14,7 @@ from cluster.types import PeerRate, WorkerInfo, WorkerState
 from engine.config import Role
 from engine.messages import Load
 
+SETTLED_S = 5.0  # a router that runs no longer than this may not have found its workers yet
 _ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
 _STATES: dict[str, WorkerState] = {state: state for state in get_args(WorkerState)}
 _OPTIONAL = {name for name, hint in get_type_hints(Traffic).items() if type(None) in get_args(hint)}
@@ -39,7 +40,7 @@ class View:
 
 
 async def look(clients: Iterable[RouterClient], infos: Iterable[WorkerInfo]) -> View:
-    """Ask all routers at once. Those that don't answer, or not as they should, are left out."""
+    """Ask all routers at once. Those that don't answer as they should, or have just started, are left out."""
     known = {info.incarnation: info for info in infos}
     answers = await asyncio.gather(*(_ask(client, known) for client in clients))
     parts = [answer for answer in answers if answer is not None]
@@ -59,7 +60,7 @@ async def look(clients: Iterable[RouterClient], infos: Iterable[WorkerInfo]) -> 
 async def _ask(client: RouterClient, known: dict[str, WorkerInfo]) -> tuple[list[Heard], Traffic] | None:
     try:
         code, body = await asyncio.to_thread(client.get, "/status")
-        return parse(body, known) if code == 200 else None
+        return parse(body, known) if code == 200 and float(body["uptime_s"]) >= SETTLED_S else None
     except (RouterError, KeyError, TypeError, ValueError):
         return None  # a router of another version, or on its way up or down
 

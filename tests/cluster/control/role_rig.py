@@ -81,7 +81,7 @@ class Rig:
 
     def status(self) -> dict[str, Any]:
         here = [one for one in self.workers.values() if one.worker_id not in self.lost]
-        return {"workers": [worker_json(one) for one in here], "traffic": dict(self.traffic.__dict__)}
+        return {"uptime_s": 99.0, "workers": [worker_json(one) for one in here], "traffic": dict(self.traffic.__dict__)}
 
     async def call(self, address: str, request: SwitchRequest) -> SwitchReply:
         """As a worker does it."""

@@ -41,13 +41,6 @@ def with_client(rig: Rig, test: Callable[[httpx.AsyncClient], Awaitable[None]]) 
     asyncio.run(scenario())
 
 
-@pytest.fixture(autouse=True)
-def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("NEAP_STATE", str(tmp_path / "state"))
-    monkeypatch.delenv("NEAP_ADMIN_TOKEN", raising=False)
-    return tmp_path / "state"
-
-
 @pytest.mark.parametrize(
     "headers",
     [

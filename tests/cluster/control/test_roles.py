@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.control.roles import HAND_S, MAX_RECORDS, Roles
+from cluster.control.roles import HAND_S, MAX_RECORDS, UNHEARD_S, Roles
 from cluster.errors import NeapError
 from tests.cluster.control.role_rig import LONG_PROMPTS, Rig, info, three
 
@@ -78,12 +78,43 @@ def test_the_only_prefill_worker_is_replaced_when_it_is_silent() -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_whose_process_is_gone_is_replaced_at_once() -> None:
+    async def scenario() -> None:
+        rig = three()
+        roles = rig.roles(interval_s=1000.0)
+        running = asyncio.create_task(roles.run())
+        await roles.look()
+        del rig.workers["prefill-0"]  # as the controller takes it out of the map
+        roles.on_worker_lost("prefill-0")
+        await asyncio.wait_for(rig.called.wait(), 30)
+        running.cancel()
+        await roles.close()
+        assert [request.role for _, request in rig.asked] == ["prefill"]
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_no_router_has_spoken_of_yet_are_waited_for_but_not_for_ever() -> None:
+    async def scenario() -> None:
+        rig = three()
+        rig.lost |= {"decode-0", "decode-1"}  # the router's links to them are not up yet
+        roles = rig.roles()
+        await roles.step()
+        assert not rig.asked and "Not heard from yet: decode-0, decode-1" in roles.plan()[0].words[0]
+        rig.now += UNHEARD_S + 1
+        await roles.step()
+        await settle(roles)
+        assert [(address, request.role) for address, request in rig.asked] == [("at-prefill-0", "decode")]
+
+    asyncio.run(scenario())
+
+
 def test_a_router_that_does_not_answer_or_answers_nonsense_is_no_ground_for_changes() -> None:
     async def scenario() -> None:
         rig = three(traffic=LONG_PROMPTS, router_answers=False)
         roles = rig.roles()
         await roles.step()
-        assert not rig.asked and roles.plan()[0].words == ("No worker is ready.",)
+        assert not rig.asked and "Not heard from yet" in roles.plan()[0].words[0]
         rig.router_answers = True
         rig.traffic = replace(LONG_PROMPTS, requests_per_s=float("nan"))
         await roles.step()

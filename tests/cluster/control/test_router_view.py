@@ -17,12 +17,14 @@ DECODE, PREFILL = info("decode-0", "decode"), info("prefill-0", "prefill")
 TRAFFIC = dict(LONG_PROMPTS.__dict__)
 
 
-def router(*workers: dict[str, Any], traffic: dict[str, Any] = TRAFFIC, code: int = 200) -> RouterClient:
+def router(
+    *workers: dict[str, Any], traffic: dict[str, Any] = TRAFFIC, code: int = 200, uptime_s: float = 60.0
+) -> RouterClient:
     class Client(RouterClient):
         def get(self, path: str) -> tuple[int, dict[str, Any]]:
             if not code:
                 raise RouterError("no answer")
-            return code, {"workers": list(workers), "traffic": traffic}
+            return code, {"uptime_s": uptime_s, "workers": list(workers), "traffic": traffic}
 
     return Client(host="h", port=1)
 
@@ -59,6 +61,10 @@ def test_of_several_routers_the_youngest_heartbeat_counts_and_traffic_adds_up() 
     assert [one.info.epoch for one in view.heard] == [5]
     assert (view.num_routers, view.traffic.requests_per_s) == (2, 8.0)
     assert seen(router(code=0)).num_routers == 0
+
+
+def test_a_router_that_has_just_started_has_not_found_its_workers_yet() -> None:
+    assert seen(router(worker_json(DECODE), uptime_s=1.0)).num_routers == 0
 
 
 @pytest.mark.parametrize(
