@@ -42,6 +42,7 @@ from cluster.sim.worker import SimWorker
 from cluster.types import AbortRequest, Dispatch, FetchTaken, Release, SwitchRequest
 
 DETECTED_S = 3.5  # keepalive, the slowest of what finds a broken peer
+LONG_STAND_S = 13.0
 MAX_POISONED = 3  # crashes by one request: the router must have ended it by then
 _TWICE = (Dispatch, AbortRequest, Release, FetchTaken, SwitchRequest, tuple)
 
@@ -116,6 +117,7 @@ class Chaos:
     ) -> None:
         self.struck: Counter[tuple[str, str]] = Counter()
         self.calm_at = 0.0
+        self.stands_since: float | None = None  # a rank that is given up before it goes on
         self._sim = sim
         self._rng = rng
         self._orders = list(orders)
@@ -202,7 +204,9 @@ class Chaos:
         self._over_at(restart_s)
 
     def _stand(self, worker: SimWorker) -> None:
-        for_s = self._rng.choice((0.3, 1.2, 1.2, 2.5, 2.5, 2.5, 11.5))
+        for_s = self._rng.choice((0.3, 1.2, 1.2, 2.5, 2.5, LONG_STAND_S))
+        if for_s == LONG_STAND_S:
+            self.stands_since = self._sim.clock.now
         self._disturbed(worker.info.incarnation)
         self._sim.freeze_rank(worker.config.worker_id, for_s)
         self._over_at(for_s)

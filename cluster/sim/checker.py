@@ -10,7 +10,8 @@
    begins no switch whose fences do not match; and refuses none of these that fits.
 6. No piece is refused that was not spoiled (nor does a copy of one fail: corruption.py).
 7. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
-8. No router gives up a worker that no fault has hit, however late its own loop runs.
+8. No router gives up a worker that no fault has hit, however late its own loop runs, nor sends anything to one whose
+   engine it found standing and that has not moved since.
 9. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
 """
 
@@ -39,6 +40,8 @@ class Checker:
         self.violations: list[str] = []
         self.num_checks = 0
         self._owners: dict[str, BlockOwners] = {}
+        self._workers: dict[str, SimWorker] = {}
+        self._hung: dict[tuple[str, str], int] = {}  # (router, incarnation): the step at which its engine stood
         self._facts: dict[tuple[str, int], tuple[str, str]] = {}
         self._epochs: dict[str, int] = {}
         self._last: dict[str, tuple[str, str, int]] = {}  # request -> (router, incarnation, attempt) dispatched last
@@ -59,6 +62,7 @@ class Checker:
     def on_worker(self, worker: SimWorker) -> None:
         """Watch its blocks and what it is asked."""
         self._owners[worker.info.incarnation] = BlockOwners(worker, self.report)
+        self._workers[worker.info.incarnation] = worker
         self._watch_dispatches(worker)
         self._watch_calls(worker)
         self._watch_switches(worker)
@@ -107,10 +111,15 @@ class Checker:
                 older = self._last.get(dispatch.request_id)
                 if older is not None and older[2] >= dispatch.attempt:
                     self.report(f"{dispatch.request_id}: attempt {dispatch.attempt} after {older[2]}")
+                stood_at = self._hung.get((router.router_id, dispatch.incarnation))
+                if stood_at is not None and self._workers[dispatch.incarnation].num_steps == stood_at:
+                    self.report(f"{dispatch.request_id} is sent to {effect.worker_id}, whose engine still stands")
                 self._last[dispatch.request_id] = (router.router_id, dispatch.incarnation, dispatch.attempt)
                 self._ran_on.setdefault(dispatch.request_id, set()).add(dispatch.incarnation)
         elif isinstance(effect, DropLink):
             incarnation = router.linked_to(effect.worker_id)
+            if "stood" in effect.reason:
+                self._hung[router.router_id, incarnation] = self._workers[incarnation].num_steps
             if incarnation not in self._disturbed:
                 self.report(f"{router.router_id} gives up {effect.worker_id}, which nothing hit: {effect.reason}")
             self._disturbed.add(incarnation)

@@ -69,6 +69,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "cluster.router.dispatch",
         "before.info.incarnation != info.incarnation",
     ): "forgets what the old incarnation's cache held and its breakers: hints, corrected by each first reply",
+    (
+        "cluster.router.dispatch",
+        "request.attempt == entry.attempt",
+    ): "whether a request's history names the source that failed: words for people",
+    (
+        "cluster.router.dispatch",
+        "old.info.incarnation != info.incarnation",
+    ): "only where a Welcome comes while the link still counts as up; both shells say on_worker_down first",
+    (
+        "engine.scheduler.pulls",
+        "self._blocks.state(seat.block_ids[i]) is BlockState.READY",
+    ): "blocks committed beyond the valid prefix, which our receiver never has; turned round, empty blocks are traded",
 }
 
 _OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {
