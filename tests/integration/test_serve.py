@@ -65,7 +65,7 @@ class Serving:
         """The output of another neap command against this server."""
         command = [sys.executable, "-m", "neap", *arguments, "--url", self.url]
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=self.env, check=False)
-        assert done.returncode in codes, done.stderr
+        assert done.returncode in codes, done.stderr + done.stdout
         return done.stdout
 
     def status(self) -> dict[str, Any]:
