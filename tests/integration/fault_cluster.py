@@ -97,6 +97,7 @@ class FaultCluster:
         self.infos: dict[str, WorkerInfo] = {}  # as last told over a link
         self.client: httpx.AsyncClient
         self.router: RouterProcess
+        self.running: asyncio.Task[None]
         self._ended: set[str] = set()  # incarnations
         self._proxies: list[FaultProxy] = []
         self._starting: list[asyncio.Task[None]] = []
@@ -219,7 +220,7 @@ class FaultCluster:
             value = wanted()
             if (await value) if asyncio.iscoroutine(value) else value:
                 return
-            assert time.monotonic() < deadline, what
+            assert time.monotonic() < deadline and not self.running.done(), what
             await asyncio.sleep(0.02)
 
     async def until_ready(self, *worker_ids: str) -> None:
@@ -237,9 +238,12 @@ class FaultCluster:
             if response.status_code != 200:
                 answer.error = json.loads(await response.aread())["error"]["code"]
                 return answer
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    _take(answer, line.removeprefix("data: "))
+            rest = b""
+            async for data in response.aiter_bytes():  # not aiter_lines: it also ends lines at U+2028 and the like
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: "):
+                        _take(answer, line.removeprefix(b"data: "))
         return answer
 
     async def ask_all(self, bodies: list[dict[str, Any]]) -> list[Answer]:
@@ -247,11 +251,11 @@ class FaultCluster:
         return list(await asyncio.gather(*(self.ask(body, Answer()) for body in bodies)))
 
 
-def _take(answer: Answer, data: str) -> None:
+def _take(answer: Answer, data: bytes) -> None:
     assert not answer.has_done, "something came after the end"
     answer.num_events += 1
     answer.stamps.append(time.monotonic())
-    if data == "[DONE]":
+    if data.strip() == b"[DONE]":
         answer.has_done = True
         return
     event = json.loads(data)
@@ -292,7 +296,7 @@ async def fault_cluster(
     sock = listen(spec)
     cluster.router = RouterProcess(spec, connect=cluster.connect)
     listening = asyncio.Event()
-    running = asyncio.create_task(cluster.router.run(sock, lambda *_: listening.set()))
+    cluster.running = asyncio.create_task(cluster.router.run(sock, lambda *_: listening.set()))
     try:
         for worker_id, failpoint in workers.items():
             cluster.start_worker(worker_id, failpoint=failpoint)
@@ -303,16 +307,16 @@ async def fault_cluster(
             await cluster.until_ready(*workers)
             yield cluster
     finally:
-        await _end(cluster, running)
+        await _end(cluster)
         sock.close()
 
 
-async def _end(cluster: FaultCluster, running: asyncio.Task[None]) -> None:
+async def _end(cluster: FaultCluster) -> None:
     for worker_id in list(cluster.processes):
         cluster.reap(worker_id)
     cluster.router.stop()
     cluster.router.stop()
-    await asyncio.wait({running}, timeout=30)
+    await asyncio.wait({cluster.running}, timeout=30)
     await cluster.close_proxies()
     await cluster.registry.stop()
     print("".join(f"--- {log.name}\n{log.read_text()[-2500:]}" for log in sorted(cluster.folder.glob("*.log"))))

@@ -9,6 +9,7 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cluster.rpc.switch_client import SwitchCallError, call_switch
 from cluster.spec import FakeSpec
 from cluster.types import SwitchRequest
 from engine.config import EngineConfig, Role
+from engine.tiny.byte_tokenizer import write_byte_tokenizer
 from engine.tiny.random_checkpoint import make_random_checkpoint
 from tests.integration.fault_cluster import Answer, FaultCluster, fault_cluster
 from tests.integration.fault_load import Load
@@ -35,7 +37,10 @@ def run(folder: Path, workers: tuple[str, ...], scenario: Scenario, *, model_pat
 
     async def main() -> None:
         armed = dict.fromkeys(workers, "")
-        async with fault_cluster(folder, armed, fake=FAKE, engine=ENGINE, model_path=model_path) as cluster:
+        engine = (
+            ENGINE if model_path is None else replace(ENGINE, max_model_len=1024, kv_cache_bytes=64 << 20, threads=1)
+        )
+        async with fault_cluster(folder, armed, fake=FAKE, engine=engine, model_path=model_path) as cluster:
             await scenario(cluster)
 
     asyncio.run(main())
@@ -125,8 +130,10 @@ def test_a_real_model_continues_its_texts_bit_by_bit(tmp_path: Path) -> None:
             for number in (signal.SIGKILL, signal.SIGSTOP):
                 await strike(cluster, load, worker_id, number)
 
-    model_path = make_random_checkpoint(tmp_path / "model", model_type="ernie4_5_moe", dtype="float32", vocab_size=320)
-    run(tmp_path, THREE, scenario, model_path=model_path)
+    folder = tmp_path / "model"
+    vocab_size = write_byte_tokenizer(folder)
+    make_random_checkpoint(folder, model_type="ernie4_5_moe", dtype="float32", vocab_size=vocab_size)
+    run(tmp_path, THREE, scenario, model_path=folder)
 
 
 @pytest.mark.long
