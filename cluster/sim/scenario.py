@@ -157,7 +157,7 @@ def _workers(rng: Random, *, crowded: bool, full: bool) -> tuple[SimWorkerConfig
         fake = FakeConfig(
             engine=engine,
             model=FakeModel(stop_probability=0.02),
-            speed=StepCost(fixed_ms=fixed_ms, ms_per_token=rng.choice((0.05, 0.1, 0.2))),
+            speed=StepCost(fixed_ms=fixed_ms, ms_per_token=rng.choice((0.03, 0.05, 0.15))),
             num_blocks=14 if full and role == "decode" else rng.choice((64, 128)),
             num_layers=2,
         )
