@@ -12,7 +12,8 @@
 7. Who says that it has switched has: its rank runs in the new role, and a canary was awaited.
 8. No router gives up a worker that no fault has hit, however late its own loop runs, nor sends anything to one whose
    engine it found standing and that has not moved since.
-9. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
+9. No command fails at a rank: the machines send none that makes no sense.
+10. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cluster.sim.router import SimResult, SimRouter
 from cluster.sim.worker import SimWorker
 from cluster.types import Dispatch, Failed, FetchOpen, FetchRefused, SourceFailed, SwitchRequest, WorkerInfo
 from cluster.worker.effects import Effect, Publish, SendEntry, SendFetch, SendSwitchReply, StartCopy
+from engine.messages import Command
 
 NO_WORKER_S = 10.0
 FAR_S = 900.0  # deadlines beyond this are none
@@ -66,6 +68,7 @@ class Checker:
         self._watch_dispatches(worker)
         self._watch_calls(worker)
         self._watch_switches(worker)
+        self._watch_rank(worker)
 
     def on_info(self, info: WorkerInfo) -> None:
         """2."""
@@ -188,6 +191,18 @@ class Checker:
 
         machine.on_switch = on_switch  # type: ignore[method-assign]
 
+    def _watch_rank(self, worker: SimWorker) -> None:
+        """9."""
+        core = worker.core
+        inner = core._fail
+
+        def fail(command: Command, error: Exception) -> None:
+            name = f"{type(command).__name__} failed with {type(error).__name__}: {error}"
+            self.report(f"{worker.info.worker_id}: {name}")
+            inner(command, error)
+
+        core._fail = fail  # type: ignore[method-assign]
+
     # ---- at the end
 
     def check_results(self, sim: SimCluster) -> None:
@@ -228,6 +243,6 @@ class Checker:
         return False
 
     def check_leaks(self, sim: SimCluster) -> None:
-        """9."""
+        """10."""
         for leak in sim.leaks():
             self.report(f"leak: {leak}")

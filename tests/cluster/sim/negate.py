@@ -30,11 +30,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = (
     "cluster.worker.decode",
+    "cluster.worker.giving_away",
+    "cluster.worker.machine",
     "cluster.worker.prefill",
     "cluster.worker.pull",
     "cluster.worker.reservation",
     "cluster.worker.role",
+    "cluster.worker.served_call",
     "cluster.worker.source_call",
+    "cluster.router.breakers",
     "cluster.router.choosing",
     "cluster.router.dispatch",
     "cluster.router.fleet",
@@ -43,11 +47,14 @@ MODULES = (
     "cluster.transfer.connector",
     "engine.kv.block_manager",
     "engine.kv.prefix_cache",
+    "engine.scheduler.landing",
     "engine.scheduler.pulls",
+    "engine.scheduler.seats",
+    "engine.scheduler.served",
 )
 WORDS = re.compile(
     r"epoch|incarnation|attempt|position|checksum|link_id|call_id|request\.worker_id !=|r\.worker_id =="
-    r"|_num_refs|_state\[|\.state\(|_of\b"
+    r"|_quarantined|is not reservation|landing is|_num_refs|_state\[|\.state\(|_of\b"
 )
 SEED_LIMIT_S = 30
 
@@ -77,6 +84,14 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "cluster.router.dispatch",
         "old.info.incarnation != info.incarnation",
     ): "only where a Welcome comes while the link still counts as up; both shells say on_worker_down first",
+    (
+        "cluster.router.breakers",
+        'self.state(now, decode, source) in ("open", "trying")',
+    ): "which sources are preferred",
+    (
+        "cluster.router.breakers",
+        "incarnation in pair",
+    ): "breakers that are forgotten with an incarnation: which sources are preferred",
     (
         "engine.scheduler.pulls",
         "self._blocks.state(seat.block_ids[i]) is BlockState.READY",
