@@ -43,7 +43,7 @@ from cluster.types import AbortRequest, Dispatch, FetchTaken, Release, SwitchReq
 
 DETECTED_S = 3.5  # keepalive, the slowest of what finds a broken peer
 LONG_STAND_S = 13.0
-MAX_POISONED = 3  # crashes by one request: the router must have ended it by then
+MAX_POISONED = 3  # crashes by one request; two end it, but one may look like mere silence (behind a partition)
 _TWICE = (Dispatch, AbortRequest, Release, FetchTaken, SwitchRequest, tuple)
 
 KINDS = (
@@ -114,6 +114,7 @@ class Chaos:
         corruptor: Corruptor,
         controller: Crashing,
         disturbed: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self.struck: Counter[tuple[str, str]] = Counter()
         self.calm_at = 0.0
@@ -124,6 +125,7 @@ class Chaos:
         self._corruptor = corruptor
         self._controller = controller
         self._disturbed = disturbed
+        self._report = report
         self._poisoned: dict[tuple[str, str], int] = {}
         self._late_until: dict[str, float] = {}
         self._twice_until = 0.0
@@ -136,6 +138,8 @@ class Chaos:
         """Strike with the first order that waited for this."""
         if self._poisoned and (left := self._poisoned.get((moment.request_id, moment.stage), 0)):
             self._poisoned[moment.request_id, moment.stage] = left - 1
+            if left == 1:
+                self._report(f"{moment.request_id} crashes worker after worker")
             self._soon(lambda: self._kill(moment.worker_id))
         if not self._orders:
             return
@@ -294,7 +298,7 @@ class Chaos:
         return None
 
     def _poison(self, moment: Moment) -> None:
-        self._poisoned[moment.request_id, moment.stage] = MAX_POISONED - 1
+        self._poisoned[moment.request_id, moment.stage] = MAX_POISONED
         self._kill(moment.worker_id)
 
     def _corrupt(self, moment: Moment) -> None:

@@ -123,6 +123,7 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
         corruptor=corruptor,
         controller=controller,
         disturbed=checker.disturbed,
+        report=checker.report,
     )
     watchers.append(StageWatcher(sim.clock, chaos.on_moment))
     corruptor.watch(sim)
