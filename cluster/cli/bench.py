@@ -15,6 +15,7 @@ from cluster.bench.router_bench import RouterBenchOptions, bench_router
 from cluster.bench.serve_bench import Targets, bench_serve
 from cluster.bench.workload import LoadOptions
 from cluster.cli.bench_engine import engine
+from cluster.cli.bench_goodput import roles
 from cluster.cli.bench_output import bench_console, failed, write_json
 from cluster.cli.bench_roles import role_switch
 from cluster.cli.bench_routing import routing
@@ -26,6 +27,7 @@ bench_app = typer.Typer(name="bench", help="Measure: the engine, the path around
 bench_app.command()(engine)
 bench_app.command()(routing)
 bench_app.command(name="role-switch")(role_switch)
+bench_app.command()(roles)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Of prompts and arrivals; the same seed gives the same load.")]

@@ -1,0 +1,249 @@
+"""The same load on the same workers: every static split, colocation with chunked prefill, and roles that change.
+
+    1. sweep     every sensible split, and several chunk sizes for colocation, on the first seed and one round of phases
+    2. compare   the best of each, and the planner started from the best split, on every seed and all rounds
+    3. variants  loads that don't suit changing roles, on fewer workers: where it doesn't pay
+
+A static split may be best in requests per second by giving up the phase that has few of them. So two best ones are
+kept: by requests per second, and by the mean share over the phases, which weigh alike as each loads the workers alike.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Literal
+
+from cluster.bench.report import percentile
+from cluster.bench.roles.control import Control
+from cluster.bench.roles.figures import Requests, load_figures
+from cluster.bench.roles.machine import Job
+from cluster.bench.roles.model import ClusterModel
+from cluster.bench.roles.setting import Setting, ideal_rate, replayed_load, shifting_load
+from cluster.spec import RolesSpec
+
+Mode = Literal["static", "colocated", "dynamic"]
+CHUNK_MS = (0.96, 1.4, 2.0)  # of the TPOT target: bounds of a mixed step that colocation is tried with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run. `split`: prefill workers (at the start); `chunk_ms`: bound of a step, 0 the hardware's."""
+
+    setting: Setting
+    num_workers: int
+    seed: int
+    mode: Mode
+    split: int = 0
+    chunk_ms: float = 0.0
+    spec: RolesSpec | None = None
+    traces: tuple[Requests, ...] = ()
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Run one and sum it up."""
+    setting = case.setting
+    load = (
+        replayed_load(setting, list(case.traces), case.num_workers)
+        if case.traces
+        else shifting_load(setting, load_figures(), case.num_workers, case.seed)
+    )
+    hardware = [setting.kind] * case.num_workers
+    control = Control(setting, hardware, case.split, case.spec) if case.mode == "dynamic" else None
+    model = ClusterModel(setting, hardware, case.split, watcher=control, max_step_ms=case.chunk_ms or None)
+    jobs = model.run(load)
+    figures: dict[str, Any] = {
+        "mode": case.mode,
+        "split": case.split,
+        "chunk_ms": case.chunk_ms,
+        "seed": case.seed,
+        **goodput(setting, jobs),
+    }
+    if control is not None:
+        changes = model.changes
+        figures["switches"] = {
+            "to_prefill": changes.to_prefill,
+            "to_decode": changes.to_decode,
+            "rolled_back": changes.rolled_back,
+            "moved": changes.moved,
+            "begun_again": changes.begun_again,
+            "mean_ms": round(changes.busy_ms / max(1, changes.to_prefill + changes.to_decode + changes.rolled_back), 1),
+        }
+        figures["prefill_workers"] = [[round(at, 1), num] for at, num in control.timeline]
+        figures["idle_because"] = dict(control.words.most_common(4))
+    return figures
+
+
+def goodput(setting: Setting, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What kept both targets: requests per second of the whole load, and shares by phase."""
+    names = [phase.trace for phase in setting.phases]
+    num, good = [0] * len(names), [0] * len(names)
+    ttft: list[list[float]] = [[] for _ in names]
+    tpot: list[list[float]] = [[] for _ in names]
+    refused = 0
+    for job in jobs:
+        phase = int(job.at / setting.phase_s) % len(names)
+        num[phase] += 1
+        refused += job.first_at < 0.0
+        if job.end_at < 0.0:
+            continue
+        first_ms = (job.first_at - job.at) * 1000
+        each_ms = (job.end_at - job.first_at) * 1000 / (job.outputs - 1) if job.outputs > 1 else 0.0
+        ttft[phase].append(first_ms)
+        tpot[phase].append(each_ms)
+        good[phase] += first_ms <= setting.ttft_ms and each_ms <= setting.tpot_ms
+    shares = [g / max(1, n) for g, n in zip(good, num, strict=True)]
+    return {
+        "requests": len(jobs),
+        "requests_per_s": round(len(jobs) / setting.seconds, 3),
+        "goodput_per_s": round(sum(good) / setting.seconds, 3),
+        "share": round(sum(good) / max(1, len(jobs)), 4),
+        "phases_share": round(sum(shares) / len(shares), 4),
+        "never_served": refused,
+        "phases": {
+            name: {
+                "requests": num[i],
+                "share": round(shares[i], 4),
+                **{f"ttft_p{p}_ms": round(percentile(ttft[i], p / 100), 1) for p in (50, 90) if ttft[i]},
+                **{f"tpot_p{p}_ms": round(percentile(tpot[i], p / 100), 2) for p in (50, 90) if tpot[i]},
+            }
+            for i, name in enumerate(names)
+        },
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What `neap bench roles` was asked. `load` scales the committed rates; `traces` replace the drawn requests."""
+
+    workers: int = 64
+    seeds: int = 5
+    load: float = 1.0
+    spec: RolesSpec | None = None
+    traces: tuple[Requests, ...] = ()
+    variants: bool = True
+
+
+def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
+    """All three parts."""
+    setting = setting.scaled(options.load)
+    base = Case(
+        setting=setting, num_workers=options.workers, seed=0, mode="static", spec=options.spec, traces=options.traces
+    )
+    with ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn")) as pool:
+        once = replace(base, setting=replace(setting, rounds=1))
+        swept = list(pool.map(run_case, [*_splits(once), *_chunks(once)]))
+        static = [one for one in swept if one["mode"] == "static"]
+        chunk_ms = max((one for one in swept if one["mode"] == "colocated"), key=lambda one: one["phases_share"])
+        best = max(static, key=lambda one: one["goodput_per_s"])["split"]
+        even = max(static, key=lambda one: one["phases_share"])["split"]
+        rows = {
+            "static": replace(base, split=best),
+            "static_even": replace(base, split=even),
+            "colocated": replace(base, mode="colocated", chunk_ms=chunk_ms["chunk_ms"]),
+            "dynamic": replace(base, mode="dynamic", split=even),
+        }
+        runs = {name: list(pool.map(run_case, _seeded(case, options.seeds))) for name, case in rows.items()}
+        variants = _variants(setting, options, pool.map) if options.variants and not options.traces else {}
+    return {
+        "workers": options.workers,
+        "load": options.load,
+        "hardware": setting.machines,
+        "targets": {"ttft_ms": setting.ttft_ms, "tpot_ms": setting.tpot_ms},
+        "ideal": {phase.trace: _ideal(setting, number) for number, phase in enumerate(setting.phases)},
+        "best_split": best,
+        "even_split": even,
+        "chunk_ms": chunk_ms["chunk_ms"],
+        **{name: _summed(some) for name, some in runs.items()},
+        "ratios": _ratios(runs),
+        "switches": [one["switches"] for one in runs["dynamic"]],
+        "sweep": swept,
+        "runs": runs,
+        "variants": variants,
+    }
+
+
+def _seeded(case: Case, seeds: int) -> list[Case]:
+    return [replace(case, seed=seed) for seed in range(1 if case.traces else seeds)]
+
+
+def _splits(case: Case) -> list[Case]:
+    """Every split of a small cluster; of a large one some twelve from a little below what the one phase wants."""
+    num = case.num_workers
+    step = max(1, num // 20)
+    low = 1
+    if step > 1:
+        low = int(
+            min(_ideal(case.setting, number)["prefill_share"] for number in range(len(case.setting.phases))) * num
+        )
+    return [replace(case, split=split) for split in range(max(1, low - step), num, step)]
+
+
+def _chunks(case: Case) -> list[Case]:
+    target = case.setting.tpot_ms
+    return [replace(case, mode="colocated", chunk_ms=round(factor * target, 1)) for factor in CHUNK_MS]
+
+
+def _ideal(setting: Setting, number: int) -> dict[str, float]:
+    phase = setting.phases[number]
+    alone = replace(setting, phases=(phase,), phase_s=4000 / phase.rate, rounds=1)
+    rate, share = ideal_rate(setting, shifting_load(alone, load_figures(), 1, 0))
+    return {"load": round(phase.rate / rate, 3), "prefill_share": round(share, 3)}
+
+
+def _summed(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Least, median and most over the seeds."""
+
+    def three(values: Iterable[float]) -> dict[str, float]:
+        values = list(values)
+        return {"min": min(values), "median": round(median(values), 4), "max": max(values)}
+
+    return {
+        "goodput_per_s": three(one["goodput_per_s"] for one in runs),
+        "requests_per_s": three(one["requests_per_s"] for one in runs),
+        "phases_share": three(one["phases_share"] for one in runs),
+        "shares": {name: three(one["phases"][name]["share"] for one in runs) for name in runs[0]["phases"]},
+        "never_served": three(one["never_served"] for one in runs),
+    }
+
+
+def _ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of the dynamic runs to the others, seed by seed: medians."""
+    pairs = (("static", "goodput_per_s"), ("static_even", "phases_share"), ("colocated", "goodput_per_s"))
+    found: dict[str, Any] = {}
+    for name, key in (*pairs, ("colocated", "phases_share"), ("static_even", "goodput_per_s")):
+        ratios = [d[key] / max(1e-9, s[key]) for d, s in zip(runs["dynamic"], runs[name], strict=True)]
+        found[f"{key}_over_{name}"] = {
+            "min": round(min(ratios), 3),
+            "median": round(median(ratios), 3),
+            "max": round(max(ratios), 3),
+        }
+    return found
+
+
+def _variants(setting: Setting, options: CompareOptions, run_all: Any) -> dict[str, Any]:
+    """Where changing roles does not pay. Each against its own best static split."""
+    num = min(options.workers, 8)
+    steady = {
+        f"only {phase.trace}": replace(setting, phases=(phase,), phase_s=setting.phase_s * 2, rounds=1)
+        for phase in setting.phases
+    }
+    loads = {**steady, "phases of 30 s": replace(setting, phase_s=30.0, rounds=20)}
+    found = {}
+    for name, one in loads.items():
+        base = Case(setting=one, num_workers=num, seed=0, mode="static", spec=options.spec)
+        cases = [replace(base, split=split) for split in range(1, num)]
+        best = max(run_all(run_case, cases), key=lambda figures: figures["phases_share"])
+        dynamic = next(iter(run_all(run_case, [replace(base, mode="dynamic", split=best["split"])])))
+        found[name] = {
+            "workers": num,
+            "static_split": best["split"],
+            "static": best["phases_share"],
+            "dynamic": dynamic["phases_share"],
+            "switches": dynamic["switches"]["to_prefill"] + dynamic["switches"]["to_decode"],
+        }
+    return found

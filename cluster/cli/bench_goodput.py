@@ -1,0 +1,123 @@
+"""`neap bench roles`: goodput of the best static split, of colocation and of roles that change, as a load shifts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from cluster.bench.planner_bench import decision_ms
+from cluster.bench.roles.compare import CompareOptions, compare
+from cluster.bench.roles.figures import Requests
+from cluster.bench.roles.setting import load_setting
+from cluster.bench.workload import read_trace
+from cluster.cli.bench_output import bench_console, failed, write_json
+
+_ROWS = {
+    "static": "best static split, by requests/s",
+    "static_even": "best static split, by phases",
+    "colocated": "colocated, chunked prefill",
+    "dynamic": "roles that change",
+}
+_PLANNED_WORKERS = 1024
+
+
+def roles(
+    workers: Annotated[int, typer.Option(help="Of the simulated cluster.", min=2)] = 64,
+    seeds: Annotated[int, typer.Option(help="Loads to draw.", min=1)] = 5,
+    load: Annotated[float, typer.Option(help="Factor on the committed rates.", min=0.01)] = 1.0,
+    trace_a: Annotated[Path | None, typer.Option(help="Replay this trace in the first phases.")] = None,
+    trace_b: Annotated[Path | None, typer.Option(help="Replay this trace in the others.")] = None,
+    variants: Annotated[bool, typer.Option(help="Also loads that don't suit changing roles.")] = True,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")] = None,
+) -> None:
+    """Compare static splits, colocation and changing roles on a load that shifts, in a simulator of whole requests.
+
+    Targets, rates and hardware are those of cluster/bench/roles/roles.json.
+    """
+    if (trace_a is None) != (trace_b is None):
+        raise failed("--trace-a and --trace-b go together")
+    try:
+        traces = tuple(_requests(path) for path in (trace_a, trace_b) if path is not None)
+        options = CompareOptions(workers=workers, seeds=seeds, load=load, traces=traces, variants=variants)
+        figures = compare(load_setting(), options)
+    except (OSError, ValueError) as error:
+        raise failed(str(error)) from error
+    fastest, middle, _ = decision_ms(_PLANNED_WORKERS)
+    figures["planner_ms"] = {"workers": _PLANNED_WORKERS, "min": round(fastest, 2), "median": round(middle, 2)}
+    write_json(json, figures)
+    console = bench_console()
+    console.print(_main_table(figures))
+    console.print(_ratio_table(figures))
+    if figures["variants"]:
+        console.print(_variant_table(figures))
+    switches = ", ".join(str(one["to_prefill"] + one["to_decode"]) for one in figures["switches"])
+    console.print(f"Changes of roles, seed by seed: {switches}.")
+    console.print(
+        f"The planner decides for {_PLANNED_WORKERS} workers in {middle:.1f} ms (median), {fastest:.1f} at best."
+    )
+
+
+def _requests(path: Path) -> Requests:
+    trace = read_trace(path)
+    return Requests(
+        at=np.array([one.at_s for one in trace]),
+        prompts=np.array([one.prompt_tokens for one in trace]),
+        outputs=np.array([one.output_tokens for one in trace]),
+    )
+
+
+def _main_table(figures: dict[str, Any]) -> Table:
+    """Goodput: least, median and most over the seeds."""
+    targets = figures["targets"]
+    title = f"neap bench roles: {figures['workers']} workers ({figures['hardware']}), requests that keep "
+    title += f"{targets['ttft_ms']:g} ms to the first token and {targets['tpot_ms']:g} ms per token"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    phases = list(figures["ideal"])
+    for name in ("goodput /s", "of /s", "mean share of phases", *(f"{phase}, share" for phase in phases)):
+        table.add_column(name, justify="right")
+    notes = {
+        "static": f" ({figures['best_split']} prefill)",
+        "static_even": f" ({figures['even_split']} prefill)",
+        "colocated": f" ({figures['chunk_ms']:g} ms steps)",
+    }
+    for key, words in _ROWS.items():
+        row = figures[key]
+        shares = (_three(row["shares"][phase], percent=True) for phase in phases)
+        table.add_row(
+            words + notes.get(key, ""),
+            _three(row["goodput_per_s"]),
+            f"{row['requests_per_s']['median']:.1f}",
+            _three(row["phases_share"], percent=True),
+            *shares,
+        )
+    return table
+
+
+def _ratio_table(figures: dict[str, Any]) -> Table:
+    table = Table(title="roles that change, over the others", title_justify="left")
+    table.add_column("ratio")
+    table.add_column("min / median / max", justify="right")
+    for name, values in figures["ratios"].items():
+        table.add_row(name.replace("_", " "), " / ".join(f"{values[key]:.2f}" for key in ("min", "median", "max")))
+    return table
+
+
+def _variant_table(figures: dict[str, Any]) -> Table:
+    table = Table(title="where it does not pay: mean share of phases, one seed", title_justify="left")
+    for name in ("load", "workers", "best static split", "static", "dynamic", "changes"):
+        table.add_column(name, justify="left" if name == "load" else "right")
+    for name, one in figures["variants"].items():
+        cells = (one["workers"], one["static_split"], f"{one['static']:.1%}", f"{one['dynamic']:.1%}", one["switches"])
+        table.add_row(name, *map(str, cells))
+    return table
+
+
+def _three(values: dict[str, float], *, percent: bool = False) -> str:
+    if percent:
+        return " / ".join(f"{values[key] * 100:.1f}" for key in ("min", "median", "max")) + " %"
+    return " / ".join(f"{values[key]:.1f}" for key in ("min", "median", "max"))
