@@ -59,8 +59,8 @@ async def disturb(cluster: FaultCluster, load: Load, proxy: FaultProxy, name: st
     return ends
 
 
-async def disturb_all(cluster: FaultCluster, names: list[str]) -> None:
-    load = Load(cluster, 8, num_prompt=900, max_tokens=150)
+async def disturb_all(cluster: FaultCluster, names: list[str], num_requests: int = 8) -> None:
+    load = Load(cluster, num_requests, num_prompt=900, max_tokens=15 * num_requests + 30)
     await load.learn()
     for name in names:
         for proxies, worker_id in ((cluster.link_proxies, "decode-1"), (cluster.fetch_proxies, "prefill-1")):
@@ -106,7 +106,7 @@ def run(folder: Path, scenario: Callable[[FaultCluster], Awaitable[None]]) -> No
 
 
 def test_a_cut_connection_changes_no_text(tmp_path: Path) -> None:
-    run(tmp_path, lambda cluster: disturb_all(cluster, ["cut"]))
+    run(tmp_path, lambda cluster: disturb_all(cluster, ["cut"], num_requests=4))
 
 
 @pytest.mark.long

@@ -88,7 +88,7 @@ async def strike(
 
 def test_workers_that_are_killed_or_stopped_under_load_change_no_text(tmp_path: Path) -> None:
     async def scenario(cluster: FaultCluster) -> None:
-        load = Load(cluster, NUM_REQUESTS)
+        load = Load(cluster, NUM_REQUESTS, max_tokens=150)
         await load.learn()
         for worker_id, number in (
             ("decode-1", signal.SIGKILL),
@@ -194,12 +194,11 @@ async def strike_itself(
     await bring_back(cluster, worker_id)
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
-def test_a_source_that_strikes_between_pieces_changes_no_text(tmp_path: Path, number: str) -> None:
+def test_a_source_that_stops_between_pieces_changes_no_text(tmp_path: Path) -> None:
     async def scenario(cluster: FaultCluster) -> None:
-        load = Load(cluster, 6, num_prompt=1000, max_tokens=120)
+        load = Load(cluster, 4, num_prompt=1000, max_tokens=60)
         await load.learn()
-        await strike_itself(cluster, load, "prefill-1", f"between_pieces:2:{number}")
+        await strike_itself(cluster, load, "prefill-1", "between_pieces:2:SIGSTOP")
 
     run(tmp_path, THREE, scenario)
 
