@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster import timers
 from cluster.router.dispatch import Dispatcher
 from cluster.router.recovery import Recovery
 from cluster.router.tracked import Tracked
@@ -220,6 +221,16 @@ def link_loss_ignored(patch: Patch) -> None:
     patch.setattr(DecodeMachine, "on_link_broken", lambda self, now, link_id: [])
 
 
+def crash_is_nobodys_fault(patch: Patch) -> None:
+    """A request that was present at crashes is run again and again."""
+    patch.setattr(Recovery, "crashed", lambda self, now, request, info: self.silent(request))
+
+
+def observer_blames_others(patch: Patch) -> None:
+    """A router that did not run itself gives up workers that it did not hear."""
+    patch.setattr(timers, "OBSERVER_LAG_S", float("inf"))
+
+
 BUGS = (
     Bug(name="skipped epoch check", plant=skipped_epoch_check, seed=0),
     Bug(name="skipped switch fence", plant=skipped_switch_fence, seed=8),
@@ -241,5 +252,7 @@ BUGS = (
     Bug(name="served call never ends", plant=served_call_never_ends, seed=0),
     Bug(name="unpinned when offered", plant=unpinned_when_offered, seed=0),
     Bug(name="canary not awaited", plant=canary_not_awaited, seed=0),
+    Bug(name="crash is nobody's fault", plant=crash_is_nobodys_fault, seed=13),
+    Bug(name="observer blames others", plant=observer_blames_others, seed=0),
     Bug(name="link loss ignored", plant=link_loss_ignored, seed=22),
 )
