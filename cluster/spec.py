@@ -68,8 +68,8 @@ class RolesSpec(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: float = 50.0
     interval_s: float = 1.0
     act_at: float = 0.75
-    hysteresis: float = 0.15
-    min_role_s: float = 20.0
+    hysteresis: float = 0.08
+    min_role_s: float = 30.0
     horizon_s: float = 30.0
     max_switches: int = 4
     switch_timeout_s: float = 10.0

@@ -71,13 +71,17 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Per worker, in the order given. prefill_ms: one prompt; prefill, decode, local: requests per second."""
+    """Per worker, in the order given. prefill_ms: one prompt; prefill, decode, local: requests per second.
+
+    rows: the most decode rows within the target.
+    """
 
     prefill_ms: Array
     ms_per_token: Array  # of a prompt that is not cached
     prefill: Array
     decode: Array
     local: Array
+    rows: Array
     ttft_ms: float  # the targets as they were used
     tpot_ms: float
 
@@ -124,6 +128,7 @@ def capacity_of(workers: tuple[WorkerSeen, ...], work: Work, *, ttft_ms: float, 
         prefill=np.where(one_ms <= ttft_ms, 1000.0 / np.maximum(one_ms, 1e-6), 0.0),
         decode=np.where(rows >= 1.0, 1000.0 * rows / (work.output_tokens * step_ms), 0.0),
         local=np.where(able, LOCAL_SHARE * 1000.0 / np.maximum(one_ms * stretch, 1e-6), 0.0),
+        rows=rows,
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
     )

@@ -13,6 +13,7 @@ from cluster.traffic import WINDOW_S, Traffic, TrafficWindow
 from cluster.types import SILENCE_S, Heartbeat, PeerRate, WorkerInfo
 from engine.messages import Load
 
+MEAN_S = 5.0  # a burst that is shorter than this is no reason to change anything
 NOMINAL_GB_PER_S = 1.0  # of KV, between workers that have not measured it
 
 
@@ -21,7 +22,7 @@ class WorkerSeen:
     """A worker whose links stand. since_role_s: since its last role change, or since a try that failed.
 
     since_state_s: how long it has been in this state. gb_per_s: how fast its KV reaches its peers. Both durations are
-    infinite for what was not seen to begin.
+    infinite for what was not seen to begin. mean_rows: requests that ran or waited there in the last seconds.
     """
 
     info: WorkerInfo
@@ -29,6 +30,7 @@ class WorkerSeen:
     since_role_s: float = math.inf
     since_state_s: float = math.inf
     gb_per_s: float = NOMINAL_GB_PER_S
+    mean_rows: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,11 @@ class ObservationWindow:
             return
         before = NOMINAL_GB_PER_S if known is None else known.seen.gb_per_s
         rate = peers[-1].gb_per_s if peers else before
-        seen = WorkerSeen(info=info, load=load, gb_per_s=rate)
+        rows = float(load.num_running + load.num_waiting)
+        if known is not None:
+            share = math.exp(-max(0.0, now - known.heard_at) / MEAN_S)
+            rows = share * known.seen.mean_rows + (1.0 - share) * rows
+        seen = WorkerSeen(info=info, load=load, gb_per_s=rate, mean_rows=rows)
         if known is None:
             self._known[info.worker_id] = _Known(seen=seen, heard_at=now)
             return

@@ -38,13 +38,13 @@ def counts(num_prefill: int, num_decode: int, pressure: float) -> str:
     return f"{num_prefill} prefill and {num_decode} decode workers: pressure {pressure:.2f} (1 is all they can do)."
 
 
-def missed(traffic: Traffic, capacity: Capacity) -> list[str]:
-    """Which targets nine of ten requests do not meet."""
-    words = []
+def missed(traffic: Traffic, capacity: Capacity) -> dict[Role, str]:
+    """Which targets nine of ten requests do not meet, by the role that there is too little of."""
+    words: dict[Role, str] = {}
     if traffic.ttft_p90_ms is not None and traffic.ttft_p90_ms > capacity.ttft_ms:
-        words.append(f"Missed: one first token in ten takes over {traffic.ttft_p90_ms:.0f} ms.")
+        words["prefill"] = f"Missed: one first token in ten takes over {traffic.ttft_p90_ms:.0f} ms."
     if traffic.tpot_p90_ms is not None and traffic.tpot_p90_ms > capacity.tpot_ms:
-        words.append(f"Missed: one answer in ten takes over {traffic.tpot_p90_ms:.1f} ms per token.")
+        words["decode"] = f"Missed: one answer in ten takes over {traffic.tpot_p90_ms:.1f} ms per token."
     return words
 
 

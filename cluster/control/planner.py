@@ -12,8 +12,9 @@
 3. Only while the pressure is above `act_at`, or a measured target is missed, is a change considered: from the side that
    has more to the one that has less, the workers in the order of what they bring there, less what they are worth where
    they are and what the change costs. The number of changes with the least pressure is the aim.
-4. It is worth it if the aim lowers the pressure by more than `hysteresis`, and the work that this saves within
-   `horizon_s` is more than the changes cost. Then the first changes of it are planned: one per pool, `max_switches` in
+4. It is worth it if the aim lowers the pressure by more than `hysteresis` (and what chance alone would bring: half over
+   the root of the number of requests seen), and the work that this saves within `horizon_s` is more than the changes
+   cost. Then the first changes of it are planned: one per pool, `max_switches` in
    all, nobody who changed less than `min_role_s` ago; and none while others are under way.
 
 Under constant traffic each plan lowers the pressure, of which there are finitely many, so the changes end; the dead
@@ -31,11 +32,12 @@ import numpy.typing as npt
 from cluster.control import plan_words as say
 from cluster.control.capacity import Array, Capacity, Work, capacity_of
 from cluster.control.observation import Observation, WorkerSeen
-from cluster.control.split import Splits, needs_of
+from cluster.control.split import Splits, held_rows, needs_of
 from cluster.spec import RolesSpec
 from engine.config import Role
 
 MIN_REQUESTS = 8  # in the window, before anything is concluded from them
+CHANCE = 0.5  # of the mean work per request, over the root of their number
 TRANSITION_S = 12.0  # a worker that is longer on its way (drained by hand, or stuck) is waited for no more
 TO_PREFILL_MS, TO_DECODE_MS = 250.0, 30.0  # what a switch takes itself, without what it moves
 
@@ -177,17 +179,18 @@ class _Relief:
         self._observation = observation
         self._options = options
         self._splits = Splits(capacity, scene.is_prefill, may_spill=not scene.needs_prefill)
-        self._needs = needs_of(observation, options.horizon_s)
         self._now = self._splits.now()
+        self._needs = held_rows(needs_of(observation, options.horizon_s), self._now, scene.ready, capacity)
         self._pressure = float(self._needs.pressure(self._now))
+        self._least_gain = options.hysteresis + CHANCE / max(1, observation.traffic.num_requests) ** 0.5
 
     def plan(self) -> Plan:
         """The changes worth making, or why there are none."""
-        missed = say.missed(self._observation.traffic, self._capacity)
-        if self._pressure < self._options.act_at and not missed:
-            return self._told([f"No change: the pressure is below {self._options.act_at:g}, and no target is missed."])
         decode, remote = (float(side) for side in self._needs.sides(self._now))
         role: Role = "prefill" if remote > decode else "decode"
+        missed = say.missed(self._observation.traffic, self._capacity)
+        if (quiet := self._is_quiet(role)) is not None:
+            return self._told([*missed.values(), quiet])
         order = self._scene.order(role, min_role_s=self._options.min_role_s)[: self._scene.spare(role)]
         pressures = self._needs.pressure(self._splits.along(order))
         aim = int(np.argmin(pressures))
@@ -196,17 +199,30 @@ class _Relief:
         if why_not is None and not float(self._needs.pressure(self._splits.after(chosen))) < self._pressure:
             why_not = "No change: the first one alone would make it worse."
         if why_not is not None:
-            return self._swap() or self._told([*missed, why_not])
+            return self._swap() or self._told([*missed.values(), why_not])
         after = float(self._needs.pressure(self._splits.after(chosen)))
         pressed = (self._pressure, after, float(pressures[aim]))
-        return self._told(missed, [(int(index), role, self._why(int(index), role, pressed, aim)) for index in chosen])
+        return self._told(
+            [*missed.values()], [(int(index), role, self._why(int(index), role, pressed, aim)) for index in chosen]
+        )
+
+    def _is_quiet(self, role: Role) -> str | None:
+        """In words, why there is no need to look for changes to `role`; None if there is.
+
+        A target that is missed makes the planner look earlier, but only for more of that role, and not at half the
+        pressure: what was missed in a burst that is over must not undo what the burst was met with.
+        """
+        at = self._options.act_at
+        if role in say.missed(self._observation.traffic, self._capacity):
+            at /= 2
+        return None if self._pressure >= at else f"No change: the pressure is below {at:g}."
 
     def _why_not(self, role: Role, num_order: int, aim: int, best: float, changed: Indices) -> str | None:
         """In words, why the aim is not worth it; None if it is."""
         if not num_order:
             return f"No change: nobody can be spared to {role} now."
-        if aim == 0 or best > self._pressure / (1.0 + self._options.hysteresis):
-            return say.little_gain(role, self._pressure, best, aim, self._options.hysteresis)
+        if aim == 0 or best > self._pressure / (1.0 + self._least_gain):
+            return say.little_gain(role, self._pressure, best, aim, self._least_gain)
         cost_ms = float(self._scene.cost_ms[role][changed].sum())
         saved_ms = self._saved_ms(best)
         return say.too_dear(saved_ms, cost_ms) if saved_ms <= cost_ms else None
@@ -245,7 +261,7 @@ class _Relief:
         first, second = int(to_decode[0]), int(to_prefill[0])
         after = float(self._needs.pressure(self._splits.after(np.array([first, second]))))
         cost_ms = float(scene.cost_ms["decode"][first] + scene.cost_ms["prefill"][second])
-        if after > self._pressure / (1.0 + options.hysteresis) or self._saved_ms(after) <= cost_ms:
+        if after > self._pressure / (1.0 + self._least_gain) or self._saved_ms(after) <= cost_ms:
             return None
         if scene.worth("prefill")[first] >= scene.worth("prefill")[second]:
             return None  # once it decoded, the first would be called back before the second

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cluster.control.capacity import Array, Capacity
-from cluster.control.observation import Observation
+from cluster.control.observation import Observation, WorkerSeen
+
+NOT_SHORT = 0.9  # pressure of prefilling below which decode workers have little of it to do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,21 @@ def needs_of(observation: Observation, horizon_s: float) -> Needs:
         decode=traffic.requests_per_s + (waiting + traffic.num_queued) / horizon_s,
         prefill=traffic.requests_per_s + (queued + traffic.num_queued) / horizon_s,
     )
+
+
+def held_rows(needs: Needs, now: Split, ready: tuple[WorkerSeen, ...], capacity: Capacity) -> Needs:
+    """The same, where decoding needs at least the share of its capacity that its rows take of those it has.
+
+    Answers that have become longer show there long before their ends show in the traffic. Not while prefill is short:
+    then decode workers hold rows because they prefill themselves.
+    """
+    _, remote = needs.sides(now)
+    index = [i for i, w in enumerate(ready) if w.info.role == "decode"]
+    most = float(capacity.rows[index].sum())
+    if float(remote) >= NOT_SHORT or most <= 0.0:
+        return needs
+    held = sum(ready[i].mean_rows for i in index) / most * float(now.decode)
+    return replace(needs, decode=max(needs.decode, held))
 
 
 class Splits:

@@ -60,6 +60,17 @@ def test_a_silent_or_lost_worker_is_not_shown() -> None:
     assert window.observe(5.0).workers == ()
 
 
+def test_rows_are_smoothed_so_that_a_short_burst_is_not_taken_for_a_change() -> None:
+    window = ObservationWindow()
+    beat(window, 0.0, num_running=10)
+    assert only(window, 0.0).mean_rows == 10.0
+    beat(window, 0.5, num_running=100, num_waiting=10)
+    assert 10.0 < only(window, 0.5).mean_rows < 25.0
+    for index in range(2, 81):
+        beat(window, index / 2, num_running=100, num_waiting=10)
+    assert 109.0 < only(window, 40.0).mean_rows <= 110.0
+
+
 def test_a_switch_that_failed_counts_as_a_change() -> None:
     window = ObservationWindow()
     beat(window, 1.0)

@@ -55,14 +55,28 @@ def test_light_load_changes_nothing_whatever_the_split() -> None:
         assert not found.switches and "pressure is below" in found.words[-1]
 
 
-def test_a_missed_target_is_reason_to_look_although_the_pressure_is_low() -> None:
-    came = traffic(1.6, *LONG)
+def test_a_missed_target_is_reason_to_look_earlier_but_only_for_more_of_the_role_that_it_needs() -> None:
+    came = traffic(4.0, *LONG)
     calm = seen(workers(1, 3), came)
-    assert plan(calm, replace_options(act_at=0.99)).switches == ()
-    hurt = replace(calm, traffic=replace(came, ttft_p90_ms=2500.0))
-    found = plan(hurt, replace_options(act_at=0.99))
+    pressure = plan(calm).pressure
+    assert pressure is not None
+    above, far_above = replace_options(act_at=1.5 * pressure), replace_options(act_at=2.5 * pressure)
+    assert plan(calm, above).switches == ()
+    late = replace(calm, traffic=replace(came, ttft_p90_ms=2500.0))
+    found = plan(late, above)
     assert changes(found) == [("decode-0", "prefill")]
     assert any("Missed: one first token in ten takes over 2500 ms" in line for line in found.words)
+    assert plan(late, far_above).switches == ()
+    assert plan(replace(calm, traffic=replace(came, tpot_p90_ms=99.0)), above).switches == ()
+
+
+def test_rows_that_fill_a_decode_worker_are_more_need_than_answers_that_have_ended_so_far() -> None:
+    came = traffic(2.0, 100.0, 20.0)  # short answers, as far as is known
+    assert plan(seen(workers(3, 1), came)).switches == ()
+    full = tuple(replace(one, mean_rows=120.0 if one.info.role == "decode" else 0.0) for one in workers(3, 1))
+    assert [role for _, role in changes(plan(seen(full, came)))] == ["decode"]
+    short = replace(came, requests_per_s=60.0, num_requests=1200, mean_prompt_tokens=4000.0)
+    assert [role for _, role in changes(plan(seen(full, short)))] != ["decode"]  # they prefill themselves
 
 
 def replace_options(**changed: float) -> RolesSpec:
