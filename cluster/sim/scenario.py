@@ -39,6 +39,8 @@ START_S = 0.05  # links are up
 ARRIVALS_S = 0.2
 FALLBACK_AT_S = START_S + 0.4  # an order that found no moment of its stage strikes at any after this
 DRAIN_LIMIT_S = 120.0
+LONG_TOKENS = 140
+SMALL_POOL = 16  # blocks: just enough for the longest request
 FREED_WITHIN_S = 1.0
 MOST_STEPS = 200_000  # a run has 2,000: one that never rests is a violation, too
 POLICIES = ("least-loaded", "power-of-two", "predicted", "prefix-aware", "round-robin")
@@ -159,7 +161,7 @@ def _workers(rng: Random, *, crowded: bool, full: bool) -> tuple[SimWorkerConfig
             engine=engine,
             model=FakeModel(stop_probability=0.02),
             speed=StepCost(fixed_ms=fixed_ms, ms_per_token=rng.choice((0.03, 0.05, 0.15))),
-            num_blocks=14 if full and role == "decode" else rng.choice((64, 128)),
+            num_blocks=SMALL_POOL if full and role == "decode" else rng.choice((64, 128)),
             num_layers=2,
         )
         host = f"host-{rng.randrange(num_hosts) + 1}"
@@ -174,14 +176,14 @@ def _requests(rng: Random) -> list[tuple[float, Submit, float | None]]:
     for i in range(NUM_REQUESTS):
         at = START_S + rng.randrange(6) * ARRIVALS_S / 6 + rng.random() * 0.001
         prompt = (rng.choice(prefixes) if rng.random() < 0.5 else []) + tokens(rng, rng.choice((1, 9, 16, 24, 44)))
-        leaves = at + rng.random() * 0.03 if rng.random() < 0.08 else None
+        leaves = at + rng.random() * 0.03 if rng.random() < 0.08 and i < NUM_REQUESTS - NUM_LATE else None
         submit = Submit(
             request_id=f"r{i}",
             prompt=np.array(prompt, dtype="<i4").tobytes(),
             params=SamplingParams(
                 temperature=rng.choice((0.0, 0.8)),
                 # who is not told that its client left would go on for long
-                max_tokens=140 if leaves is not None else rng.choice((1, 1, 2, 2, 3, 4, 8)),
+                max_tokens=LONG_TOKENS if leaves is not None else rng.choice((1, 1, 2, 2, 3, 4, 8)),
                 n=rng.choice((1, 1, 1, 1, 2)),
             ),
             seeds=(),
