@@ -117,6 +117,7 @@ class Chaos:
         report: Callable[[str], None],
     ) -> None:
         self.struck: Counter[tuple[str, str]] = Counter()
+        self.satisfied = False  # no moment is wanted any more
         self.calm_at = 0.0
         self.stands_since: float | None = None  # a rank that is given up before it goes on
         self._sim = sim
@@ -142,6 +143,7 @@ class Chaos:
                 self._report(f"{moment.request_id} crashes worker after worker")
             self._soon(lambda: self._kill(moment.worker_id))
         if not self._orders:
+            self.satisfied = not self._poisoned
             return
         now = self._sim.clock.now
         for order in self._orders:

@@ -18,7 +18,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
+from typing import Any
 
 from cluster.errors import REFUSED
 from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, ToWorker
@@ -42,6 +43,12 @@ class Checker:
         self.violations: list[str] = []
         self.num_checks = 0
         self._owners: dict[str, BlockOwners] = {}
+        self._checks: dict[type, Callable[[SimWorker, Any], None]] = {
+            StartCopy: lambda worker, effect: self._owners[worker.info.incarnation].copy_started(effect),
+            Publish: lambda worker, effect: self.on_info(effect.info),
+            SendEntry: self._on_entry,
+            SendSwitchReply: self._on_switch_reply,
+        }
         self._workers: dict[str, SimWorker] = {}
         self._hung: dict[tuple[str, str], int] = {}  # (router, incarnation): the step at which its engine stood
         self._facts: dict[tuple[str, int], tuple[str, str]] = {}
@@ -82,19 +89,23 @@ class Checker:
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
         """2; 3: the shadow learns of copies; 6, 7."""
-        if isinstance(effect, StartCopy):
-            self._owners[worker.info.incarnation].copy_started(effect)
-        elif isinstance(effect, SendEntry):
-            failed = effect.entry if isinstance(effect.entry, SourceFailed) else None
-            if failed and failed.reason == "protocol" and failed.request_id not in self._spoiled_requests:
-                self.report(f"false alarm: {failed.request_id}: a piece was refused, nothing was wrong with it")
-        elif isinstance(effect, Publish):
-            self.on_info(effect.info)
-        elif isinstance(effect, SendSwitchReply) and effect.reply.outcome == "switched":
-            info = effect.reply.info
-            before = self._facts.get((info.incarnation, info.epoch - 1), ("", ""))[1]
-            if worker.core.scheduler.role != info.role or before != "verifying":
-                self.report(f"{info.worker_id} says that it is a {info.role} worker after it was {before}")
+        check = self._checks.get(type(effect))
+        if check is not None:
+            check(worker, effect)
+
+    def _on_entry(self, worker: SimWorker, effect: SendEntry) -> None:
+        failed = effect.entry
+        if not isinstance(failed, SourceFailed) or failed.reason != "protocol":
+            return
+        if failed.request_id not in self._spoiled_requests:
+            self.report(f"false alarm: {failed.request_id}: a piece was refused, nothing was wrong with it")
+
+    def _on_switch_reply(self, worker: SimWorker, effect: SendSwitchReply) -> None:
+        info = effect.reply.info
+        before = self._facts.get((info.incarnation, info.epoch - 1), ("", ""))[1]
+        fits = worker.core.scheduler.role == info.role and before == "verifying"
+        if effect.reply.outcome == "switched" and not fits:
+            self.report(f"{info.worker_id} says that it is a {info.role} worker after it was {before}")
 
     def copy_ended(self, incarnation: str, effect: StartCopy) -> None:
         """3: the copy has reported."""

@@ -98,6 +98,7 @@ class Network:
         self._jitter_s = jitter_s
         self._bytes_per_s = bytes_per_s
         self._connections: list[Connection] = []
+        self._calm_at = 0.0  # nothing is wrong from then on
         self._cuts: list[tuple[str, str, float]] = []  # (from, to, until), by the names of processes
         self._slow: list[tuple[str, float, float]] = []  # (name, until, up to this many seconds more)
 
@@ -109,6 +110,8 @@ class Network:
     def later(self, at: float, sender: SimProcess, receiver: SimProcess, held_until: float) -> float:
         """When it arrives with what is wrong at the moment."""
         now = self.clock.now
+        if now >= self._calm_at:
+            return at
         for name, until, extra_s in self._slow:
             if now < until and name in (sender.name, receiver.name):
                 at += self._rng.random() * extra_s
@@ -121,7 +124,7 @@ class Network:
 
     def partition(self, one: str, two: str, for_s: float, *, both_ways: bool) -> None:
         """Nothing from process `one` to `two` arrives for a while (and back). Long ones break the connections."""
-        self.troubled = True
+        self._trouble(for_s)
         until = self.clock.now + for_s
         self._cuts += [(one, two, until), (two, one, until)] if both_ways else [(one, two, until)]
         for connection in self._connections:
@@ -129,13 +132,17 @@ class Network:
 
     def slow_down(self, name: str, extra_s: float, for_s: float) -> None:
         """Everything from and to a process takes up to extra_s longer."""
-        self.troubled = True
+        self._trouble(for_s)
         self._slow.append((name, self.clock.now + for_s, extra_s))
 
     def hold(self, connection: Connection, for_s: float) -> None:
         """Other connections overtake this one."""
-        self.troubled = True
+        self._trouble(for_s)
         connection.held_until = self.clock.now + for_s
+
+    def _trouble(self, for_s: float) -> None:
+        self.troubled = True
+        self._calm_at = max(self._calm_at, self.clock.now + for_s)
 
     def connect(self, opener: End, other: End) -> Connection:
         """Connect two ends. One to a dead process closes after the usual delay."""

@@ -20,7 +20,7 @@ from cluster.sim.cluster import SimCluster, SimConfig
 from cluster.sim.controller import SimController
 from cluster.sim.corruption import KINDS as CORRUPTIONS
 from cluster.sim.corruption import CorruptionCounts, Corruptor
-from cluster.sim.stages import PHASES, StageWatcher
+from cluster.sim.stages import PHASES, Moment, StageWatcher
 from cluster.sim.worker_config import SimWorkerConfig
 from cluster.sim.workload import tokens
 from cluster.worker.effects import StartCopy
@@ -127,7 +127,13 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
         disturbed=checker.disturbed,
         report=checker.report,
     )
-    watchers.append(StageWatcher(sim.clock, chaos.on_moment))
+
+    def on_moment(moment: Moment) -> None:
+        chaos.on_moment(moment)
+        stages_seen.deaf = chaos.satisfied
+
+    stages_seen = StageWatcher(sim.clock, on_moment)
+    watchers.append(stages_seen)
     corruptor.watch(sim)
     spoiled_ended = sim.faults.copy_ended
 

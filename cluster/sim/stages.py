@@ -50,6 +50,7 @@ class StageWatcher:
     """Tells `listener` of every moment."""
 
     def __init__(self, clock: VirtualClock, listener: Callable[[Moment], None]) -> None:
+        self.deaf = False  # nobody listens any more
         self._clock = clock
         self._listener = listener
         self._dispatched: dict[str, tuple[str, str, int]] = {}  # request -> (router, worker, attempt)
@@ -116,7 +117,7 @@ class StageWatcher:
             self._tell("queued", key[0])
 
     def _tell(self, stage: str, request_id: str) -> None:
-        if request_id not in self._dispatched:
+        if self.deaf or request_id not in self._dispatched:
             return
         router_id, worker_id, _ = self._dispatched[request_id]
         source_id = self._sources.get(request_id, "")
