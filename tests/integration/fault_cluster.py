@@ -31,7 +31,7 @@ from cluster.router.server import RouterProcess, listen
 from cluster.router.workers import Link, LinkEvents
 from cluster.rpc.link import LinkClient
 from cluster.spec import FakeSpec, RouterSpec, WorkerSpec
-from cluster.types import Dispatch, RouterMessage, WorkerInfo
+from cluster.types import Dispatch, Heartbeat, RouterMessage, WorkerInfo
 from engine.config import EngineConfig, Role
 from engine.tiny.byte_tokenizer import write_byte_tokenizer
 from tests.integration.fault_proxy import FaultProxy
@@ -95,6 +95,7 @@ class FaultCluster:
         self.downs: dict[str, list[float]] = defaultdict(list)  # monotonic seconds of each broken link
         self.ups: dict[str, bool] = defaultdict(bool)
         self.infos: dict[str, WorkerInfo] = {}  # as last told over a link
+        self.on_info: Callable[[WorkerInfo], None] = lambda _: None  # with each heartbeat
         self.client: httpx.AsyncClient
         self.router: RouterProcess
         self.running: asyncio.Task[None]
@@ -166,16 +167,21 @@ class FaultCluster:
             self.infos[worker_id], self.ups[worker_id] = welcome, True
             events.on_welcome(welcome)
 
+        def on_heartbeat(beat: Heartbeat) -> None:
+            self.infos[worker_id] = beat.info
+            self.on_info(beat.info)
+            events.on_heartbeat(beat)
+
         def on_down(down_id: str) -> None:
             self.downs[worker_id].append(time.monotonic())
             self.ups[worker_id] = False
             events.on_down(down_id)
 
         if not self.proxied:
-            return LinkClient(info, "faults", on_welcome, events.on_heartbeat, events.on_entries, on_down)
+            return LinkClient(info, "faults", on_welcome, on_heartbeat, events.on_entries, on_down)
         self._put_proxies(info)
         near = replace(info, address=self.link_proxies[worker_id].address)
-        link = LinkClient(near, "faults", on_welcome, events.on_heartbeat, events.on_entries, on_down)
+        link = LinkClient(near, "faults", on_welcome, on_heartbeat, events.on_entries, on_down)
         return _ProxiedLink(self, link)
 
     def _put_proxies(self, info: WorkerInfo) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.rpc.switch_client import SwitchCallError, call_switch
 from cluster.spec import FakeSpec
-from cluster.types import SwitchRequest
+from cluster.types import SwitchRequest, WorkerInfo
 from engine.config import EngineConfig, Role
 from engine.tiny.byte_tokenizer import write_byte_tokenizer
 from engine.tiny.random_checkpoint import make_random_checkpoint
@@ -223,6 +223,54 @@ async def switch(cluster: FaultCluster, worker_id: str, role: Role) -> None:
     with suppress(SwitchCallError):
         reply = await call_switch(info.address, request)
         print(f"{worker_id} to {role}: {reply.outcome} {reply.reason}")
+
+
+PHASES = ("draining", "switching", "verifying")
+
+
+async def abandon_at(cluster: FaultCluster, worker_id: str, role: Role, phase: str) -> str:
+    """Ask for another role, and be gone as soon as the worker tells of this phase or a later one. Tells which.
+
+    Only the last of several states within a moment is told: the caller may come too late, and it is "" then.
+    """
+    before = cluster.infos[worker_id]
+    asked = asyncio.create_task(switch(cluster, worker_id, role))
+    left_at = ""
+
+    def on_info(info: WorkerInfo) -> None:
+        nonlocal left_at
+        if info.worker_id == worker_id and info.state in PHASES[PHASES.index(phase) :] and asked.cancel():
+            left_at = left_at or info.state
+
+    cluster.on_info = on_info
+    await cluster.until(lambda: cluster.infos[worker_id].epoch == before.epoch + 4, "the switch does not end")
+    cluster.on_info = lambda _: None
+    after = cluster.infos[worker_id]
+    assert (after.state, after.role, after.incarnation) == ("ready", role, before.incarnation)
+    await asyncio.wait({asked})
+    return left_at
+
+
+def test_a_switch_whose_caller_is_gone_is_run_to_its_end_under_load(tmp_path: Path) -> None:
+    """A controller that dies in any phase: the worker goes on, and no text changes, moved or not."""
+
+    async def scenario(cluster: FaultCluster) -> None:
+        load = Load(cluster, 4, max_tokens=200)
+        await load.learn()
+        left: list[str] = []
+
+        async def fault(_: list[Answer]) -> None:
+            for phase in PHASES:
+                for role in roles:
+                    left.append(await abandon_at(cluster, "decode-1", role, phase))
+
+        roles: tuple[Role, Role] = ("prefill", "decode")
+        await load.run(fault)
+        await cluster.until(cluster.is_idle, "something is still held somewhere")
+        print(f"left at {left}, moved {await counter(cluster, 'moved')}")
+        assert any(left) and await counter(cluster, "moved") > 0
+
+    run(tmp_path, THREE, scenario)
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -90,7 +91,7 @@ def _generated(cluster: Cluster) -> dict[str, int]:
     return {w["worker_id"]: w["load"]["generation_tokens"] for w in workers if w["role"] == "decode"}
 
 
-def test_two_routers_share_the_workers_and_every_text_is_right(pair: tuple[Cluster, Cluster]) -> None:
+def test_two_routers_share_the_workers_rightly_and_a_killed_one_leaves_nothing(pair: tuple[Cluster, Cluster]) -> None:
     load = Load(pair, num_clients=8)
     eventually(lambda: min(load.num_right) >= 20, f"too few answers: {load.num_right} {load.wrong}")
     load.end()
@@ -99,6 +100,31 @@ def test_two_routers_share_the_workers_and_every_text_is_right(pair: tuple[Clust
     shares = sorted(_generated(pair[0]).values())
     assert shares[0] >= sum(shares) / 4, f"one decode worker did nearly everything: {shares}"
     eventually(lambda: pair[0].referenced() == 0, "blocks stay referenced")
+    _killed_router_leaves_nothing(*pair)
+
+
+def _killed_router_leaves_nothing(stays: Cluster, dies: Cluster) -> None:
+    clients = [
+        threading.Thread(target=_ask_in_vain, args=(dies, [30 + (i * 31 + p * (i + 3)) % 200 for p in range(300)]))
+        for i in range(6)
+    ]
+    for client in clients:
+        client.start()
+    eventually(lambda: sum(load["running"] for load in stays.loads()) == 6, "the requests do not run")
+    dies.processes["router"].kill()
+    killed_at = time.monotonic()
+    eventually(lambda: stays.referenced() == 0, "blocks of a dead router's requests stay referenced")
+    print(f"all free {time.monotonic() - killed_at:.2f} s after the kill, as heartbeats of every 0.5 s tell")
+    assert sum(load["running"] + load["served"] for load in stays.loads()) == 0
+    for client in clients:
+        client.join()
+
+
+def _ask_in_vain(cluster: Cluster, prompt: list[int]) -> None:
+    client = openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        for _ in client.completions.create(model=MODEL, prompt=prompt, max_tokens=3000, stream=True, **STEADY):
+            pass
 
 
 def _redis_dies_under_load(keeper: RedisKeeper, pair: tuple[Cluster, Cluster], away_s: float) -> None:
