@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ def roles(
     workers: Annotated[int, typer.Option(help="Of the simulated cluster.", min=2)] = 64,
     seeds: Annotated[int, typer.Option(help="Loads to draw.", min=1)] = 5,
     load: Annotated[float, typer.Option(help="Factor on the committed rates.", min=0.01)] = 1.0,
+    rounds: Annotated[int, typer.Option(help="Of the phases; 0: as committed.", min=0)] = 0,
     trace_a: Annotated[Path | None, typer.Option(help="Replay this trace in the first phases.")] = None,
     trace_b: Annotated[Path | None, typer.Option(help="Replay this trace in the others.")] = None,
     variants: Annotated[bool, typer.Option(help="Also loads that don't suit changing roles.")] = True,
@@ -43,7 +45,8 @@ def roles(
     try:
         traces = tuple(_requests(path) for path in (trace_a, trace_b) if path is not None)
         options = CompareOptions(workers=workers, seeds=seeds, load=load, traces=traces, variants=variants)
-        figures = compare(load_setting(), options)
+        setting = load_setting()
+        figures = compare(replace(setting, rounds=rounds or setting.rounds), options)
     except (OSError, ValueError) as error:
         raise failed(str(error)) from error
     fastest, middle, _ = decision_ms(_PLANNED_WORKERS)

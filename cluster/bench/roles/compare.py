@@ -1,6 +1,6 @@
 """The same load on the same workers: every static split, colocation with chunked prefill, and roles that change.
 
-    1. sweep     every sensible split, and several chunk sizes for colocation, on the first seed and one round of phases
+    1. sweep     every sensible split, and several chunk sizes for colocation: first seed, one round of shorter phases
     2. compare   the best of each, and the planner started from the best split, on every seed and all rounds
     3. variants  loads that don't suit changing roles, on fewer workers: where it doesn't pay
 
@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
+import msgspec
+
 from cluster.bench.report import percentile
 from cluster.bench.roles.control import Control
 from cluster.bench.roles.figures import Requests, load_figures
@@ -27,6 +29,7 @@ from cluster.bench.roles.setting import Setting, ideal_rate, replayed_load, shif
 from cluster.spec import RolesSpec
 
 Mode = Literal["static", "colocated", "dynamic"]
+SWEEP_PHASE_S = 300.0
 CHUNK_MS = (0.96, 1.4, 2.0)  # of the TPOT target: bounds of a mixed step that colocation is tried with
 
 
@@ -135,7 +138,7 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
         setting=setting, num_workers=options.workers, seed=0, mode="static", spec=options.spec, traces=options.traces
     )
     with ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn")) as pool:
-        once = replace(base, setting=replace(setting, rounds=1))
+        once = replace(base, setting=replace(setting, rounds=1, phase_s=min(SWEEP_PHASE_S, setting.phase_s)))
         swept = list(pool.map(run_case, [*_splits(once), *_chunks(once)]))
         static = [one for one in swept if one["mode"] == "static"]
         chunk_ms = max((one for one in swept if one["mode"] == "colocated"), key=lambda one: one["phases_share"])
@@ -152,6 +155,8 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
     return {
         "workers": options.workers,
         "load": options.load,
+        "rounds": setting.rounds,
+        "roles": msgspec.to_builtins(options.spec or RolesSpec()),
         "hardware": setting.machines,
         "targets": {"ttft_ms": setting.ttft_ms, "tpot_ms": setting.tpot_ms},
         "ideal": {phase.trace: _ideal(setting, number) for number, phase in enumerate(setting.phases)},

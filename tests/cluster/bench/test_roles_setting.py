@@ -1,0 +1,71 @@
+"""The committed figures of the traces and the committed setting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+
+from cluster.bench.roles.figures import Requests, figures_of, load_figures
+from cluster.bench.roles.setting import ideal_rate, load_setting, replayed_load, shifting_load
+from cluster.bench.workload import Arrival
+
+
+def test_a_drawn_load_has_the_traces_lengths_and_burstiness() -> None:
+    figures = load_figures()
+    means = {"code": (2048, 28), "conversation": (12_035, 343)}  # of the traces themselves
+    for name, (prompt, output) in means.items():
+        drawn = figures[name].sample(Random(1), 20.0, 3000.0)
+        assert drawn.prompts.mean() == pytest.approx(prompt, rel=0.03)
+        assert drawn.outputs.mean() == pytest.approx(output, rel=0.03)
+        assert len(drawn.at) == pytest.approx(60_000, rel=0.15)
+        assert (np.diff(drawn.at) >= 0).all()
+    gaps = np.diff(figures["code"].sample(Random(2), 20.0, 3000.0).at)
+    assert gaps.std() / gaps.mean() > 8.0  # 13 in the trace: it comes in bursts
+
+
+def test_figures_are_those_of_the_trace_they_are_made_of() -> None:
+    rng = Random(5)
+    trace, at = [], 0.0
+    for _ in range(4000):
+        at += rng.expovariate(2.0)
+        prompt = rng.randrange(10, 1000)
+        trace.append(Arrival(at_s=at, prompt_tokens=prompt, output_tokens=prompt // 10 + 1))
+    drawn = figures_of("one", "", trace).sample(Random(1), 5.0, 2000.0)
+    assert drawn.prompts.mean() == pytest.approx(505, rel=0.05)
+    assert np.corrcoef(drawn.prompts, drawn.outputs)[0, 1] > 0.9  # long prompts keep their long answers
+
+
+def test_timestamps_that_tick_are_spread() -> None:
+    trace = [Arrival(at_s=3.0 * (i // 10), prompt_tokens=5, output_tokens=5) for i in range(2000)]
+    gaps = figures_of("ticks", "", trace).gaps
+    assert gaps[len(gaps) // 2] > 0.3  # not nine gaps of nothing and one of three seconds
+
+
+def test_each_phase_loads_the_workers_alike_and_by_what_the_file_says() -> None:
+    setting = load_setting()
+    for phase in setting.phases:
+        alone = replace(setting, phases=(phase,), phase_s=20_000.0, rounds=1)
+        rate, _ = ideal_rate(setting, shifting_load(alone, load_figures(), 1, 0))
+        assert phase.rate / rate == pytest.approx(0.85, abs=0.015)
+
+
+def test_loads_repeat_by_seed_and_keep_to_the_context() -> None:
+    setting = replace(load_setting(), phase_s=20.0)
+    one, same, other = (shifting_load(setting, load_figures(), 8, seed) for seed in (1, 1, 2))
+    assert (one.at == same.at).all() and (one.prompts == same.prompts).all()
+    assert len(one.at) != len(other.at) or (one.at != other.at).any()
+    assert (one.prompts + one.outputs <= setting.max_model_len).all()
+    assert (np.diff(one.at) >= 0).all() and one.at[-1] < setting.seconds
+
+
+def test_a_recorded_trace_is_replayed_at_the_rate_of_its_phase() -> None:
+    setting = replace(load_setting(), phase_s=100.0)
+    trace = Requests(at=np.arange(50) * 2.0, prompts=np.arange(50) + 1, outputs=np.full(50, 7))
+    load = replayed_load(setting, [trace, trace], 10)
+    for number, phase in enumerate(setting.phases):
+        here = (load.at >= number * 100.0) & (load.at < (number + 1) * 100.0)
+        assert here.sum() == int(phase.rate * 1000)
+    assert (load.outputs == 7).all()
