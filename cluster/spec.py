@@ -66,7 +66,7 @@ class RolesSpec(msgspec.Struct, frozen=True, kw_only=True):
     auto: bool = True
     ttft_ms: float = 1000.0
     tpot_ms: float = 50.0
-    interval_s: float = 1.0
+    interval_s: float = 0.5
     act_at: float = 0.75
     hysteresis: float = 0.08
     min_role_s: float = 30.0

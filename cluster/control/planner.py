@@ -39,6 +39,7 @@ from engine.config import Role
 MIN_REQUESTS = 8  # in the window, before anything is concluded from them
 CHANCE = 0.5  # of the mean work per request, over the root of their number
 TRANSITION_S = 12.0  # a worker that is longer on its way (drained by hand, or stuck) is waited for no more
+RETRY_S = 4.0
 TO_PREFILL_MS, TO_DECODE_MS = 250.0, 30.0  # what a switch takes itself, without what it moves
 
 Indices = npt.NDArray[np.intp]
@@ -129,8 +130,11 @@ class _Scene:
         return None
 
     def make_one(self, role: Role) -> Plan:
-        """Change the worker that suits best, whenever it changed last."""
-        index = int(self.order(role, min_role_s=0.0)[0])
+        """Change the worker that suits best, if it didn't change, or refuse to, only just now."""
+        order = self.order(role, min_role_s=RETRY_S)
+        if not len(order):
+            return Plan(words=(f"No {role} worker is ready; whoever could become one has tried a moment ago.",))
+        index = int(order[0])
         why = f"no {role} worker is ready, and of the {len(self.ready)} others this one suits best"
         return Plan(switches=(self.switch(index, role, why),), words=(self.told(index, role, why),))
 

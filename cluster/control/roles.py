@@ -32,6 +32,7 @@ from cluster.types import SwitchReply, SwitchRequest, WorkerInfo
 from engine.config import Role
 
 MAX_RECORDS = 32
+MIN_PAUSE_S = 0.05
 UNHEARD_S = 10.0
 HAND_S = 60.0  # so long what people have changed is left as it is
 log = logging.getLogger("neap.control")
@@ -97,8 +98,9 @@ class Roles:
                 await self.step()
             except Exception:  # a fault of the planner must not end what supervises the processes
                 log.exception("no plan was made")
+            took_s = self._clock() - began  # with very many workers; half of the time at most goes into looking
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), max(0.1, self._options.interval_s - (self._clock() - began)))
+                await asyncio.wait_for(self._wake.wait(), max(MIN_PAUSE_S, self._options.interval_s - took_s, took_s))
 
     def on_worker_lost(self, worker_id: str) -> None:
         """Its process is gone: what that means for the others is looked at now, not when its links have been missed."""
@@ -164,9 +166,12 @@ class Roles:
         if info is None or (info.incarnation, info.epoch) != (planned.incarnation, planned.epoch):
             return
         try:
-            await self._change(info, planned.role, planned.why)
+            reply = await self._change(info, planned.role, planned.why)
         except (RequestError, UnavailableError) as error:
             log.info("%s to %s: %s", planned.worker_id, planned.role, error)
+            return
+        if reply.outcome == "switched":
+            self._wake.set()  # there may be more to change
 
     # ---- by hand
 

@@ -100,9 +100,12 @@ def test_the_last_prefill_worker_stays_where_the_file_has_some() -> None:
 
 
 @pytest.mark.parametrize("came", [Traffic(), traffic(0.2, 100.0, 10.0), traffic(3.0, *LONG)])
-def test_where_the_only_prefill_worker_is_gone_another_takes_its_place_whenever_it_changed_last(came: Traffic) -> None:
-    found = plan(seen(workers(0, 3, since_role_s=1.0), came))
+def test_where_the_only_prefill_worker_is_gone_another_takes_its_place_unless_it_has_just_tried(came: Traffic) -> None:
+    found = plan(seen(workers(0, 3, since_role_s=5.0), came))
     assert changes(found) == [("decode-0", "prefill")] and "no prefill worker is ready" in found.words[0]
+    first, *others = workers(0, 3, since_role_s=5.0)
+    assert changes(plan(seen((replace(first, since_role_s=1.0), *others), came))) == [("decode-1", "prefill")]
+    assert "has tried a moment ago" in plan(seen(workers(0, 3, since_role_s=1.0), came)).words[0]
 
 
 def test_without_a_prefill_pool_one_is_made_where_prompts_would_hold_up_answers() -> None:
@@ -169,7 +172,7 @@ def test_two_workers_that_suit_each_other_s_role_change_places() -> None:
     observation = seen(wrong, traffic(2.0, 2000.0, 200.0))
     first = plan(observation)
     assert changes(first) == [("prefill-0", "decode")] and "suit each other's role" in first.switches[0].why
-    second = plan(after(observation, first, seconds=1.0))
+    second = plan(after(observation, first, seconds=5.0))
     assert changes(second) == [("decode-0", "prefill")]
     assert plan(after(after(observation, first), second)).switches == ()
 
