@@ -13,6 +13,7 @@ from rich.table import Table
 from cluster.bench.planner_bench import decision_ms
 from cluster.bench.roles.compare import CompareOptions, compare
 from cluster.bench.roles.figures import Requests
+from cluster.bench.roles.processes import ProcessOptions, bench_processes
 from cluster.bench.roles.setting import load_setting
 from cluster.bench.workload import read_trace
 from cluster.cli.bench_output import bench_console, failed, write_json
@@ -34,12 +35,17 @@ def roles(
     trace_a: Annotated[Path | None, typer.Option(help="Replay this trace in the first phases.")] = None,
     trace_b: Annotated[Path | None, typer.Option(help="Replay this trace in the others.")] = None,
     variants: Annotated[bool, typer.Option(help="Also loads that don't suit changing roles.")] = True,
+    processes: Annotated[bool, typer.Option(help="Real workers (sleeping fakes) in place of the model.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the load, with --processes.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")] = None,
 ) -> None:
     """Compare static splits, colocation and changing roles on a load that shifts, in a simulator of whole requests.
 
     Targets, rates and hardware are those of cluster/bench/roles/roles.json.
     """
+    if processes:
+        _roles_of_processes(ProcessOptions(seed=seed), json)
+        return
     if (trace_a is None) != (trace_b is None):
         raise failed("--trace-a and --trace-b go together")
     try:
@@ -61,6 +67,29 @@ def roles(
     console.print(f"Changes of roles, seed by seed: {switches}.")
     console.print(
         f"The planner decides for {_PLANNED_WORKERS} workers in {middle:.1f} ms (median), {fastest:.1f} at best."
+    )
+
+
+def _roles_of_processes(options: ProcessOptions, json: Path | None) -> None:
+    try:
+        figures = bench_processes(options)
+    except (OSError, RuntimeError) as error:
+        raise failed(str(error)) from error
+    write_json(json, figures)
+    title = f"neap bench roles --processes: {options.workers} workers, {options.ttft_ms:g} ms to the first token and "
+    table = Table(title=title + f"{options.tpot_ms:g} ms per token", title_justify="left")
+    keys = ("goodput_per_s", "requests_per_s", "phases_share", "failures", "ttft_p90_ms", "tpot_p90_ms")
+    table.add_column("")
+    for key in (*keys, *figures["rates"], "changes"):
+        table.add_column(key.replace("_", " "), justify="right")
+    for name, run in figures["runs"].items():
+        cells = (*(run[key] for key in keys), *run["shares"].values(), run["split_at_end"]["changes"])
+        table.add_row(name, *(f"{cell:g}" for cell in cells))
+    console = bench_console()
+    console.print(table)
+    console.print(
+        f"Goodput of roles that change over the best static split: {figures['over_best_static']}, over colocation: "
+        f"{figures['over_colocated']}."
     )
 
 

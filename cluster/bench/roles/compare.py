@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from statistics import median
 from typing import Any, Literal
 
@@ -25,11 +26,12 @@ from cluster.bench.roles.control import Control
 from cluster.bench.roles.figures import Requests, load_figures
 from cluster.bench.roles.machine import Job
 from cluster.bench.roles.model import ClusterModel
-from cluster.bench.roles.setting import Setting, ideal_rate, replayed_load, shifting_load
+from cluster.bench.roles.setting import Phase, Setting, ideal_rate, replayed_load, shifting_load
 from cluster.spec import RolesSpec
 
 Mode = Literal["static", "colocated", "dynamic"]
 SWEEP_PHASE_S = 300.0
+LONGER = 6.0  # answers, in the variant of long ones
 CHUNK_MS = (0.96, 1.4, 2.0)  # of the TPOT target: bounds of a mixed step that colocation is tried with
 
 
@@ -230,6 +232,16 @@ def _ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
+def as_loaded(setting: Setting, phase: Phase, other: Phase) -> Phase:
+    """`other` at the rate that loads the workers as `phase` does."""
+
+    def rate(one: Phase) -> float:
+        alone = replace(setting, phases=(one,), phase_s=4000 / one.rate, rounds=1)
+        return ideal_rate(setting, shifting_load(alone, load_figures(), 1, 0))[0]
+
+    return replace(other, rate=phase.rate * rate(other) / rate(phase))
+
+
 def _variants(setting: Setting, options: CompareOptions, run_all: Any) -> dict[str, Any]:
     """Where changing roles does not pay. Each against its own best static split."""
     num = min(options.workers, 8)
@@ -237,7 +249,10 @@ def _variants(setting: Setting, options: CompareOptions, run_all: Any) -> dict[s
         f"only {phase.trace}": replace(setting, phases=(phase,), phase_s=setting.phase_s * 2, rounds=1)
         for phase in setting.phases
     }
-    loads = {**steady, "phases of 30 s": replace(setting, phase_s=30.0, rounds=20)}
+    longer = [replace(phase, longer=LONGER) for phase in setting.phases]
+    long = replace(setting, phases=tuple(map(as_loaded, repeat(setting), setting.phases, longer)), rounds=1)
+    short = replace(setting, phase_s=30.0, rounds=20)
+    loads = {**steady, "phases of 30 s": short, f"answers {LONGER:g} times as long": long}
     found = {}
     for name, one in loads.items():
         base = Case(setting=one, num_workers=num, seed=0, mode="static", spec=options.spec)

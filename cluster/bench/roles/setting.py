@@ -76,10 +76,11 @@ class SwitchCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Traffic of one kind. `rate`: requests per second and worker."""
+    """Traffic of one kind. `rate`: requests per second and worker. Answers are `longer` times those of the trace."""
 
     trace: str
     rate: float
+    longer: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def shifting_load(setting: Setting, figures: dict[str, TraceFigures], num_worker
         part = figures[phase.trace].sample(rng, phase.rate * num_workers, setting.phase_s)
         at.append(part.at + number * setting.phase_s)
         prompts.append(part.prompts)
-        outputs.append(part.outputs)
+        outputs.append(np.rint(part.outputs * phase.longer).astype(np.int64))
     return cut(
         Requests(at=np.concatenate(at), prompts=np.concatenate(prompts), outputs=np.concatenate(outputs)), setting
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import numpy as np
 import pytest
 
+from cluster.bench.roles.compare import as_loaded
 from cluster.bench.roles.figures import Requests, figures_of, load_figures
+from cluster.bench.roles.processes import ProcessOptions, process_load, sensible_splits
 from cluster.bench.roles.setting import ideal_rate, load_setting, replayed_load, shifting_load
 from cluster.bench.workload import Arrival
 
@@ -69,3 +72,30 @@ def test_a_recorded_trace_is_replayed_at_the_rate_of_its_phase() -> None:
         here = (load.at >= number * 100.0) & (load.at < (number + 1) * 100.0)
         assert here.sum() == int(phase.rate * 1000)
     assert (load.outputs == 7).all()
+
+
+def test_the_real_workers_load_follows_from_its_options() -> None:
+    options = ProcessOptions(seed=3, phase_s=30.0)
+    arrivals, rates, shares = process_load(options)
+    assert arrivals == process_load(options)[0]
+    assert all(one.at_s <= other.at_s for one, other in pairwise(arrivals))
+    assert max(one.prompt_tokens for one in arrivals) <= options.most_prompt
+    early = sum(one.at_s < 30.0 for one in arrivals)
+    assert early > len(arrivals) - early  # code comes more often than conversation
+    assert rates["code"] > rates["conversation"] and shares["code"] > shares["conversation"]
+
+
+def test_splits_lie_between_what_the_phases_want() -> None:
+    assert sensible_splits({"code": 0.78, "conversation": 0.5}, 5) == [2, 3, 4]
+    assert sensible_splits({"code": 0.95, "conversation": 0.05}, 3) == [1, 2]
+
+
+def test_long_answers_load_the_workers_as_the_short_ones_did() -> None:
+    setting = load_setting()
+    conversation = setting.phases[1]
+    longer = as_loaded(setting, conversation, replace(conversation, longer=6.0))
+    assert longer.rate < conversation.rate
+    alone = replace(setting, phases=(longer,), phase_s=20_000.0, rounds=1)
+    load = shifting_load(alone, load_figures(), 1, 0)
+    assert load.outputs.mean() > 4 * 343  # cut at what may be asked for
+    assert longer.rate / ideal_rate(setting, load)[0] == pytest.approx(0.85, abs=0.04)
