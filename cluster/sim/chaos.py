@@ -133,6 +133,10 @@ class Chaos:
         self._num_pending = 0
         sim.faults.copy_s = self._copy_s
 
+    def is_poison(self, request_id: str) -> bool:
+        """Whether this request crashes whoever runs it."""
+        return any(request_id == poisoned for poisoned, _ in self._poisoned)
+
     # ---- moments
 
     def on_moment(self, moment: Moment) -> None:

@@ -238,8 +238,13 @@ def _report(seed: int, run: _Run, trace: bool) -> SeedReport:
     codes: Counter[str] = Counter()
     num_tokens = 0
     for router in sim.routers:
-        for result in router.results.values():
-            over = result.code or ("finished" if result.ended_at is not None else "router lost")
+        for name, result in router.results.items():
+            poisoned = result.code == "decode_worker_lost" and run.chaos.is_poison(name)
+            over = (
+                "poison ended"
+                if poisoned
+                else result.code or ("finished" if result.ended_at is not None else "router lost")
+            )
             codes["cancelled" if result.cancelled_at is not None else over] += 1
             num_tokens += sum(len(outputs) for outputs in result.outputs.values())
     return SeedReport(

@@ -17,7 +17,15 @@ def check(summary: Summary) -> None:
     assert summary.codes.total() == summary.num_seeds * NUM_REQUESTS
     assert summary.codes["finished"] > 0.6 * summary.codes.total()
     assert set(summary.codes) <= {
-        *("finished", "cancelled", "router lost", "deadline_exceeded", "decode_worker_lost", "no_worker")
+        *(
+            "finished",
+            "cancelled",
+            "router lost",
+            "deadline_exceeded",
+            "decode_worker_lost",
+            "poison ended",
+            "no_worker",
+        )
     }
     assert summary.num_moved and summary.switches["switched"] > summary.num_seeds
 
