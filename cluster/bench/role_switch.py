@@ -61,7 +61,7 @@ class _Switches:
 
 
 def bench_role_switch(options: RoleSwitchOptions) -> dict[str, Any]:
-    """Start a cluster of its own and run the three parts. Raises RuntimeError when it does not start or stands still."""
+    """Start a cluster of its own and run the three parts. Raises RuntimeError if it does not start or stands still."""
     with tempfile.TemporaryDirectory(prefix="neap-bench-") as name:
         file = Path(name) / "cluster.yaml"
         file.write_text(yaml.safe_dump(_cluster(options)), encoding="utf-8")
