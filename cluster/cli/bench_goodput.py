@@ -10,8 +10,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from cluster.bench.planner_bench import decision_ms
-from cluster.bench.roles.compare import CompareOptions, compare
+from cluster.bench.roles.compare import CompareOptions, compare, planner_ms
 from cluster.bench.roles.figures import Requests
 from cluster.bench.roles.processes import ProcessOptions, bench_processes
 from cluster.bench.roles.setting import load_setting
@@ -55,7 +54,7 @@ def roles(
         figures = compare(replace(setting, rounds=rounds or setting.rounds), options)
     except (OSError, ValueError) as error:
         raise failed(str(error)) from error
-    fastest, middle, _ = decision_ms(_PLANNED_WORKERS)
+    fastest, middle = planner_ms(_PLANNED_WORKERS)
     figures["planner_ms"] = {"workers": _PLANNED_WORKERS, "min": round(fastest, 2), "median": round(middle, 2)}
     write_json(json, figures)
     console = bench_console()

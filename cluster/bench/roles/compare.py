@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from cluster.bench.planner_bench import observation
 from cluster.bench.report import percentile
 from cluster.bench.roles.control import Control
 from cluster.bench.roles.figures import Requests, load_figures
 from cluster.bench.roles.machine import Job
 from cluster.bench.roles.model import ClusterModel
 from cluster.bench.roles.setting import Phase, Setting, ideal_rate, replayed_load, shifting_load
+from cluster.control.planner import Planner
 from cluster.spec import RolesSpec
 
 Mode = Literal["static", "colocated", "dynamic"]
@@ -267,3 +270,14 @@ def _variants(setting: Setting, options: CompareOptions, run_all: Any) -> dict[s
             "switches": dynamic["switches"]["to_prefill"] + dynamic["switches"]["to_decode"],
         }
     return found
+
+
+def planner_ms(num_workers: int, runs: int = 30) -> tuple[float, float]:
+    """Milliseconds of the fastest and of the median decision of the planner, in a cluster of this size."""
+    seen, planner = observation(num_workers), Planner(RolesSpec())
+    took = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        planner.plan(seen)
+        took.append((time.perf_counter() - began) * 1000)
+    return min(took), median(took)

@@ -76,6 +76,7 @@ class Placer:
         self._kind = np.array([names.index(one.name) for one in hardware], dtype=np.intp)
         self._most = np.array([one.max_num_seqs for one in hardware], dtype=np.intp)
         self._capacity = self._most + np.maximum(2, self._most // 4)  # cluster/worker/admission.py
+        self._least_most = int(self._most.min())
         widest = int(self._most.max())
         self._tables = np.array(
             [[one.profile.decode_step_ms(rows, 0) for rows in range(widest + 1)] for one in hardware]
@@ -157,8 +158,11 @@ class Placer:
 
     def _nearest(self, index: Indices, job: Job, num_outputs: float) -> list[_Decoder]:
         """The decode workers that cost least, of any placement there."""
-        table, most, slope = self._tables, self._most[index], self._row_key_ms[index]
         rows = self.sequences[index]
+        mine = job.prompt + job.produced + num_outputs
+        if int(rows.max()) < self._least_most and mine <= float(self.free_tokens[index].min()):
+            return _least(index, rows, *self._costs_with_room(index, rows, mine - num_outputs / 2, num_outputs))
+        table, most, slope = self._tables, self._most[index], self._row_key_ms[index]
         running, with_us = np.minimum(rows, most), np.minimum(rows + 1, most)
         keys = self.keys[index] + self.others_keys[index]
         num_tokens = job.prompt + job.produced
@@ -173,12 +177,20 @@ class Placer:
         others = with_us - 1
         without_ms = np.where(others == running, step_ms, table[index, others] + np.where(others > 0, keys_ms, 0.0))
         slows_ms = others * num_outputs * np.maximum(0.0, tpot_ms - without_ms)
-        least_ms = wait_ms + answer_ms + slows_ms
-        values: tuple[npt.NDArray[Any], ...] = (index, running, step_ms, tpot_ms, wait_ms, slows_ms, least_ms)
-        if len(index) > MAX_DECODERS_COMPARED:
-            near = np.argpartition(least_ms, MAX_DECODERS_COMPARED)[:MAX_DECODERS_COMPARED]
-            values = tuple(value[near] for value in values)
-        return [_Decoder(*one) for one in zip(*(value.tolist() for value in values), strict=True)]
+        return _least(index, running, step_ms, tpot_ms, wait_ms, slows_ms, wait_ms + answer_ms + slows_ms)
+
+    def _costs_with_room(
+        self, index: Indices, rows: Indices, mine: float, num_outputs: float
+    ) -> tuple[Array, Array, Array, Array, Array]:
+        """The same where no batch and no memory is full, which is most of the time: half the work."""
+        slope = self._row_key_ms[index]
+        keys_ms = slope * (self.keys[index] + self.others_keys[index]) * (rows > 0)
+        at = index * self._tables.shape[1] + rows
+        flat = self._tables.ravel()
+        step_ms = flat[at] + keys_ms
+        tpot_ms = flat[at + 1] + keys_ms + slope * mine
+        slows_ms = rows * (num_outputs * np.maximum(0.0, tpot_ms - step_ms))
+        return step_ms, tpot_ms, np.zeros(len(index)), slows_ms, num_outputs * tpot_ms + slows_ms
 
     def backlog_ms(self, now: float, index: Indices) -> Array:
         """Predicted time until new prefill work would begin: cluster/router/backlog.py."""
@@ -249,3 +261,12 @@ class Placer:
             overhead_ms=self.accuracy.overheads.get(kind, 0.0),
             work_ms=work_ms,
         )
+
+
+def _least(index: Indices, running: Indices, *costs: Array) -> list[_Decoder]:
+    """Those with the least cost (the last of the arrays)."""
+    values: tuple[npt.NDArray[Any], ...] = (index, running, *costs)
+    if len(index) > MAX_DECODERS_COMPARED:
+        near = np.argpartition(costs[-1], MAX_DECODERS_COMPARED)[:MAX_DECODERS_COMPARED]
+        values = tuple(value[near] for value in values)
+    return [_Decoder(*one) for one in zip(*(value.tolist() for value in values), strict=True)]

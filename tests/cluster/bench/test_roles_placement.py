@@ -17,7 +17,7 @@ from cluster.types import PeerRate, WorkerInfo
 NUM_WORKERS, NUM_SOURCES = 12, 7
 
 
-def _loaded_placer(rng: Random) -> Placer:
+def _loaded_placer(rng: Random, *, is_full: bool) -> Placer:
     kinds = load_setting().hardware
     placer = Placer([kinds["l20" if index % 3 else "h100"] for index in range(NUM_WORKERS)])
     placer.set_roles(range(NUM_SOURCES, NUM_WORKERS), range(NUM_SOURCES))
@@ -27,7 +27,7 @@ def _loaded_placer(rng: Random) -> Placer:
         work_ms = rng.uniform(50.0, 900.0)
         placed = Placed(decode=job.decode, source=job.source, ttft_ms=0.0, overhead_ms=0.0, work_ms=work_ms)
         placer.assign(number / 100, job, placed)
-    placer.free_tokens[:] = [rng.choice((500.0, 300_000.0)) for _ in range(NUM_WORKERS)]
+    placer.free_tokens[:] = [rng.choice((500.0, 300_000.0)) if is_full else 300_000.0 for _ in range(NUM_WORKERS)]
     return placer
 
 
@@ -60,7 +60,7 @@ def _views(placer: Placer, now: float, worker: int) -> WorkerView:
 @pytest.mark.parametrize("seed", range(8))
 def test_requests_are_placed_where_the_policy_places_them(seed: int) -> None:
     rng = Random(seed)
-    placer, now = _loaded_placer(rng), 1.0
+    placer, now = _loaded_placer(rng, is_full=seed % 2 == 1), 1.0
     decode = [_views(placer, now, worker) for worker in range(NUM_SOURCES, NUM_WORKERS)]
     prefill = [_views(placer, now, worker) for worker in range(NUM_SOURCES)]
     for _ in range(10):
