@@ -137,6 +137,7 @@ def _load_json(worker: WorkerStatus) -> Json:
         "profile": _profile_json(worker),
         "load": {
             "running": load.num_running,
+            "paused": load.num_paused,
             "waiting": load.num_waiting,
             "served": load.num_served,
             "queued_tokens": load.queued_tokens,

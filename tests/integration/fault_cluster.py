@@ -216,7 +216,7 @@ class FaultCluster:
                 return False
             load = worker["load"]
             busy += load["running"] + load["waiting"] + load["served"]
-            busy += load["referenced_blocks"] + load["quarantined_blocks"]
+            busy += load["paused"] + load["referenced_blocks"] + load["quarantined_blocks"]
         return bool(busy == 0)
 
     async def until(self, wanted: Callable[[], Any], what: str) -> None:
