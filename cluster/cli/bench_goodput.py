@@ -54,8 +54,7 @@ def roles(
         figures = compare(replace(setting, rounds=rounds or setting.rounds), options)
     except (OSError, ValueError) as error:
         raise failed(str(error)) from error
-    fastest, middle = planner_ms(_PLANNED_WORKERS)
-    figures["planner_ms"] = {"workers": _PLANNED_WORKERS, "min": round(fastest, 2), "median": round(middle, 2)}
+    figures["planner_ms"] = decisions = {"workers": _PLANNED_WORKERS, **planner_ms(_PLANNED_WORKERS)}
     write_json(json, figures)
     console = bench_console()
     console.print(_main_table(figures))
@@ -65,7 +64,8 @@ def roles(
     switches = ", ".join(str(one["to_prefill"] + one["to_decode"]) for one in figures["switches"])
     console.print(f"Changes of roles, seed by seed: {switches}.")
     console.print(
-        f"The planner decides for {_PLANNED_WORKERS} workers in {middle:.1f} ms (median), {fastest:.1f} at best."
+        f"The planner decides for {_PLANNED_WORKERS} workers in {decisions['min']:.1f} ms at best, "
+        f"{decisions['median']:.1f} ms in the median; {decisions['cpu']:.1f} ms of CPU time each."
     )
 
 
