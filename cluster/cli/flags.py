@@ -1,8 +1,8 @@
 """Command-line flags from the cluster file's model: one per plain option of the file and of its sections.
 
 A flag has its key's last word (--max-model-len is engine.max_model_len); roles', admin's and ray's carry the section's
-name too (--roles-ttft-ms). Pools and the fake have none: --set pools.0.workers=4. Values stay text here; the model
-reads them, so that all errors are its.
+name too (--roles-ttft-ms). Pools, the fake and the planner's tuning have none: --set pools.0.workers=4. Values stay text
+here; the model reads them, so that all errors are its.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cluster.config.model import AdminConfig, EngineSection, RayConfig, RolesCon
 from cluster.config.source import flag_name
 
 _ARGUMENTS = {"model"}  # given without a flag
+_ROLES_FLAGS = {"auto", "ttft_ms", "tpot_ms"}  # the rest is for few, who have a file, or --set roles.hysteresis=0.1
 _SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("", ClusterConfig, "Cluster"),
     ("engine", EngineSection, "Engine (every pool; pools.N.KEY overrides)"),
@@ -34,7 +35,7 @@ def flag_parameters() -> dict[str, tuple[str, inspect.Parameter]]:
     flags: dict[str, tuple[str, inspect.Parameter]] = {}
     for section, model, panel in _SECTIONS:
         for name, field in model.model_fields.items():
-            if name in _ARGUMENTS or not _is_plain(field):
+            if name in _ARGUMENTS or not _is_plain(field) or (section == "roles" and name not in _ROLES_FLAGS):
                 continue
             parameter = flag_name(f"{section}.{name}")
             assert parameter not in flags, f"two options would be --{parameter}"

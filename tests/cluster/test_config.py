@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 
 import msgspec
@@ -67,6 +68,14 @@ def test_every_option_of_the_planner_can_be_set_has_help_and_bounds() -> None:
     assert "roles.interval_s" in error_of(Sources(sets=["roles.interval_s=nan"]))
     assert "did you mean hysteresis?" in error_of(Sources(sets=["roles.hystereses=1"]))
     assert "secret" not in repr(load_config(Sources(flags={"admin.token": "secret"})))
+
+
+def test_the_readme_of_the_controller_shows_the_planner_s_real_defaults() -> None:
+    text = (Path(__file__).parents[2] / "cluster" / "control" / "README.md").read_text(encoding="utf-8")
+    block = textwrap.dedent(text[text.index("    roles:\n") : text.index("By hand, on the machine")])
+    shown = yaml.safe_load(block)
+    assert shown["roles"] == msgspec.structs.asdict(RolesSpec())
+    assert shown["admin"] == load_config(Sources()).admin.model_dump()
 
 
 def test_later_sources_win_and_pools_override_the_engine_section(tmp_path: Path) -> None:
