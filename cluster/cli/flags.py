@@ -1,8 +1,8 @@
 """Command-line flags from the cluster file's model: one per plain option of the file and of its sections.
 
 A flag has its key's last word (--max-model-len is engine.max_model_len); roles', admin's and ray's carry the section's
-name too (--roles-ttft-ms). Pools, the fake and the planner's tuning have none: --set pools.0.workers=4. Values stay text
-here; the model reads them, so that all errors are its.
+name too (--roles-ttft-ms). Pools, the fake and the planner's tuning have none: --set pools.0.workers=4. Values stay
+text here; the model reads them, so that all errors are its.
 """
 
 from __future__ import annotations

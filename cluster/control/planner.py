@@ -75,8 +75,9 @@ class Planner:
 
     def plan(self, observation: Observation) -> Plan:
         """What to change now, if anything."""
-        moving = [w.info.worker_id for w in observation.workers if _is_moving(w)]
-        ready = tuple(w for w in observation.workers if w.info.state == "ready")
+        ready = tuple([w for w in observation.workers if w.info.state == "ready"])
+        others = [w for w in observation.workers if w.info.state != "ready"]
+        moving = [w.info.worker_id for w in others if _is_moving(w)]
         if moving:
             return Plan(words=(f"{', '.join(moving)}: a change is under way; nothing else is planned meanwhile.",))
         if not ready:

@@ -51,8 +51,11 @@ def needs_of(observation: Observation, horizon_s: float) -> Needs:
     """Arrivals, and what is queued, to be worked off within the horizon."""
     traffic = observation.traffic
     new_tokens = max(1.0, traffic.mean_prompt_tokens * (1.0 - traffic.cached_share))
-    waiting = sum(w.load.num_waiting for w in observation.workers if w.info.role == "decode")
-    queued = sum(w.load.queued_tokens for w in observation.workers) / new_tokens
+    waiting, queued_tokens = 0, 0
+    for worker in observation.workers:
+        queued_tokens += worker.load.queued_tokens
+        waiting += worker.load.num_waiting if worker.info.role == "decode" else 0
+    queued = queued_tokens / new_tokens
     return Needs(
         decode=traffic.requests_per_s + (waiting + traffic.num_queued) / horizon_s,
         prefill=traffic.requests_per_s + (queued + traffic.num_queued) / horizon_s,
