@@ -14,6 +14,7 @@
    engine it found standing and that has not moved since.
 9. No command fails at a rank: the machines send none that makes no sense.
 10. When all is over nobody holds anything (SimCluster.leaks), and the pools' counts agree with the shadow's.
+11. All this was not idle: pieces were copied, and prefixes found in caches.
 """
 
 from __future__ import annotations
@@ -253,7 +254,18 @@ class Checker:
             return result.ended_at - result.submitted_at >= NO_WORKER_S and bool(self._disturbed)
         return False
 
+    def check_use(self, num_pieces: int) -> None:
+        """11."""
+        if not num_pieces:
+            self.report("not one piece was copied")
+        if not any(worker.core.load().prefix_cache_hits for worker in self._workers.values()):
+            self.report("nothing was ever found in a prefix cache")
+
     def check_leaks(self, sim: SimCluster) -> None:
         """10."""
         for leak in sim.leaks():
             self.report(f"leak: {leak}")
+        for incarnation, worker in self._workers.items():
+            counted, held = worker.core.scheduler.blocks.num_referenced, self._owners[incarnation].num_held
+            if worker.process.alive and counted != held:
+                self.report(f"{worker.info.worker_id} counts {counted} referenced blocks, {held} have a holder")

@@ -11,7 +11,7 @@ still have the call, is a false alarm.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -38,6 +38,12 @@ class CorruptionCounts:
     num_healthy: int = 0
 
 
+def _could_be(older: Piece, piece: Piece) -> bool:
+    """Whether a piece of another call differs from this one by its fences and content only."""
+    same = (older.index, older.first_block, older.end_tokens) == (piece.index, piece.first_block, piece.end_tokens)
+    return same and older.call_id != piece.call_id and older.checksums != piece.checksums
+
+
 class Corruptor:
     """Spoils what it is told to, through the hooks of SimCluster.faults."""
 
@@ -50,7 +56,7 @@ class Corruptor:
         self._spoiled: dict[tuple[str, int], tuple[str, list[bytes]]] = {}  # of one call's piece: kind, what was meant
         self._spoiled_words: dict[int, tuple[str, str, Piece]] = {}
         self._last: dict[str, bytes] = {}  # worker -> bytes of a block that it copied before
-        self._last_piece: dict[str, Piece] = {}
+        self._pieces: dict[str, deque[Piece]] = {}  # worker -> what it was offered before
 
     def watch(self, sim: SimCluster) -> None:
         """Set the hooks."""
@@ -77,14 +83,15 @@ class Corruptor:
 
     def _piece(self, worker_id: str, piece: Piece) -> Piece:
         kind = next((kind for kind in self._armed if kind in WORD_KINDS), None)
-        older = self._last_piece.get(worker_id)
-        self._last_piece[worker_id] = piece
+        seen = self._pieces.setdefault(worker_id, deque(maxlen=16))
+        older = next((one for one in seen if _could_be(one, piece)), None)
+        seen.append(piece)
         if kind is None:
             return piece
         if kind == "replay":
-            if older is None or older.call_id == piece.call_id:
+            if older is None:
                 return piece
-            spoiled = older
+            spoiled = replace(older)
         elif kind == "stale epoch":
             spoiled = replace(piece, source_incarnation=f"{self._rng.getrandbits(128):032x}")
         elif kind == "wrong dtype":
@@ -95,8 +102,6 @@ class Corruptor:
         self.spoiled_requests.add(piece.call_id.split(":", 2)[1])
         transport = "grpc" if piece.payload else "local"
         self.counts.injected[kind, transport] += 1
-        if spoiled is older:
-            spoiled = replace(older)
         self._spoiled_words[id(spoiled)] = (kind, transport, spoiled)
         return spoiled
 

@@ -32,6 +32,11 @@ class BlockOwners:
         blocks.release = self._on_release  # type: ignore[method-assign]
         blocks.quarantine = self._on_quarantine  # type: ignore[method-assign]
 
+    @property
+    def num_held(self) -> int:
+        """Blocks with at least one holder."""
+        return sum(count > 0 for count in self._holders.values())
+
     def copy_started(self, effect: StartCopy) -> None:
         """Its targets are the copy's until it reports."""
         for target in effect.target_block_ids:

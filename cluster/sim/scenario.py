@@ -235,6 +235,7 @@ def _report(seed: int, run: _Run, trace: bool) -> SeedReport:
     sim = run.sim
     run.checker.check_results(sim)
     run.corruptor.found_all()
+    run.checker.check_use(run.corruptor.counts.num_healthy)
     codes: Counter[str] = Counter()
     num_tokens = 0
     for router in sim.routers:

@@ -233,7 +233,7 @@ def observer_blames_others(patch: Patch) -> None:
 
 BUGS = (
     Bug(name="skipped epoch check", plant=skipped_epoch_check, seed=0),
-    Bug(name="skipped switch fence", plant=skipped_switch_fence, seed=8),
+    Bug(name="skipped switch fence", plant=skipped_switch_fence, seed=3),
     Bug(name="epoch stands still", plant=epoch_stands_still, seed=0),
     Bug(name="double release", plant=double_release, seed=0),
     Bug(name="lost Moved", plant=lost_moved, seed=0),
@@ -246,13 +246,13 @@ BUGS = (
     Bug(name="wrong position accepted", plant=wrong_position_accepted, seed=1),
     Bug(name="continuation repeats a token", plant=continuation_repeats_a_token, seed=1),
     Bug(name="continuation draws a new seed", plant=continuation_draws_a_new_seed, seed=0),
-    Bug(name="abort not sent down", plant=abort_not_sent_down, seed=2),
+    Bug(name="abort not sent down", plant=abort_not_sent_down, seed=6),
     Bug(name="release lost", plant=release_lost, seed=0),
     Bug(name="checksum not checked", plant=checksum_not_checked, seed=1),
     Bug(name="served call never ends", plant=served_call_never_ends, seed=0),
     Bug(name="unpinned when offered", plant=unpinned_when_offered, seed=0),
     Bug(name="canary not awaited", plant=canary_not_awaited, seed=0),
-    Bug(name="crash is nobody's fault", plant=crash_is_nobodys_fault, seed=13),
+    Bug(name="crash is nobody's fault", plant=crash_is_nobodys_fault, seed=14),
     Bug(name="observer blames others", plant=observer_blames_others, seed=0),
-    Bug(name="link loss ignored", plant=link_loss_ignored, seed=22),
+    Bug(name="link loss ignored", plant=link_loss_ignored, seed=0),
 )
