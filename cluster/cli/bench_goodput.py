@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from cluster.bench.roles.compare import CompareOptions, compare, planner_ms
+from cluster.bench.roles.compare import CompareOptions, compare, on_machines, planner_ms
 from cluster.bench.roles.figures import Requests
 from cluster.bench.roles.processes import ProcessOptions, bench_processes
 from cluster.bench.roles.setting import load_setting
@@ -31,6 +31,7 @@ def roles(
     seeds: Annotated[int, typer.Option(help="Loads to draw.", min=1)] = 5,
     load: Annotated[float, typer.Option(help="Factor on the committed rates.", min=0.01)] = 1.0,
     rounds: Annotated[int, typer.Option(help="Of the phases; 0: as committed.", min=0)] = 0,
+    machines: Annotated[str, typer.Option(help="Hardware of roles.json. Default: the committed one.")] = "",
     trace_a: Annotated[Path | None, typer.Option(help="Replay this trace in the first phases.")] = None,
     trace_b: Annotated[Path | None, typer.Option(help="Replay this trace in the others.")] = None,
     variants: Annotated[bool, typer.Option(help="Also loads that don't suit changing roles.")] = True,
@@ -51,6 +52,8 @@ def roles(
         traces = tuple(_requests(path) for path in (trace_a, trace_b) if path is not None)
         options = CompareOptions(workers=workers, seeds=seeds, load=load, traces=traces, variants=variants)
         setting = load_setting()
+        if machines:
+            setting = on_machines(setting, machines)
         figures = compare(replace(setting, rounds=rounds or setting.rounds), options)
     except (OSError, ValueError) as error:
         raise failed(str(error)) from error

@@ -235,14 +235,23 @@ def _ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
-def as_loaded(setting: Setting, phase: Phase, other: Phase) -> Phase:
-    """`other` at the rate that loads the workers as `phase` does."""
+def as_loaded(setting: Setting, phase: Phase, other: Phase, machines: str = "") -> Phase:
+    """`other` at the rate that loads the workers, or those `machines`, as `phase` loads the setting's."""
 
-    def rate(one: Phase) -> float:
-        alone = replace(setting, phases=(one,), phase_s=4000 / one.rate, rounds=1)
-        return ideal_rate(setting, shifting_load(alone, load_figures(), 1, 0))[0]
+    def rate(one: Phase, machines: str) -> float:
+        alone = replace(setting, phases=(one,), phase_s=4000 / one.rate, rounds=1, machines=machines)
+        return ideal_rate(alone, shifting_load(alone, load_figures(), 1, 0))[0]
 
-    return replace(other, rate=phase.rate * rate(other) / rate(phase))
+    here = setting.machines
+    return replace(other, rate=phase.rate * rate(other, machines or here) / rate(phase, here))
+
+
+def on_machines(setting: Setting, machines: str) -> Setting:
+    """The same on other machines, at rates that load them alike. Raises ValueError for one that is not in the file."""
+    if machines not in setting.hardware:
+        raise ValueError(f"machines {machines!r}: expected one of {', '.join(setting.hardware)}")
+    phases = tuple(as_loaded(setting, phase, phase, machines) for phase in setting.phases)
+    return replace(setting, machines=machines, phases=phases)
 
 
 def _variants(setting: Setting, options: CompareOptions, run_all: Any) -> dict[str, Any]:

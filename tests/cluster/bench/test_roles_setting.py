@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from cluster.bench.roles.compare import as_loaded
+from cluster.bench.roles.compare import as_loaded, on_machines
 from cluster.bench.roles.figures import Requests, figures_of, load_figures
 from cluster.bench.roles.processes import ProcessOptions, process_load, sensible_splits
 from cluster.bench.roles.setting import ideal_rate, load_setting, replayed_load, shifting_load
@@ -99,3 +99,15 @@ def test_long_answers_load_the_workers_as_the_short_ones_did() -> None:
     load = shifting_load(alone, load_figures(), 1, 0)
     assert load.outputs.mean() > 4 * 343  # cut at what may be asked for
     assert longer.rate / ideal_rate(setting, load)[0] == pytest.approx(0.85, abs=0.04)
+
+
+def test_other_machines_are_loaded_alike() -> None:
+    setting = load_setting()
+    other = on_machines(setting, "h100")
+    for phase, committed in zip(other.phases, setting.phases, strict=True):
+        assert phase.rate > 2 * committed.rate
+        alone = replace(other, phases=(phase,), phase_s=4000.0 / phase.rate, rounds=1)
+        rate, _ = ideal_rate(other, shifting_load(alone, load_figures(), 1, 0))
+        assert phase.rate / rate == pytest.approx(0.85, abs=0.04)
+    with pytest.raises(ValueError, match="l20, h100"):
+        on_machines(setting, "abacus")
