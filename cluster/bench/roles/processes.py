@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ def _summed(options: ProcessOptions, load: Sequence[Arrival], samples: Sequence[
     return {
         "requests": len(load),
         "failures": len(samples) - len(well),
+        "failure_kinds": dict(Counter(sample.error for sample in samples if sample.error)),
         "requests_per_s": round(len(load) / seconds, 3),
         "goodput_per_s": round(sum(good) / seconds, 3),
         "phases_share": round(sum(shares) / len(shares), 4),
@@ -175,7 +177,7 @@ def _split(workers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "prefill": sum(worker["role"] == "prefill" for worker in workers),
         "decode": sum(worker["role"] == "decode" for worker in workers),
-        "changes": sum((epoch - min(epochs)) // 4 for epoch in epochs),
+        "changes": sum((epoch - 1) // 4 for epoch in epochs),
         "epochs": epochs,
     }
 
