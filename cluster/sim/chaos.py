@@ -128,6 +128,7 @@ class Chaos:
         self._disturbed = disturbed
         self._report = report
         self._poisoned: dict[tuple[str, str], int] = {}
+        self._crashed: set[tuple[str, str]] = set()  # (poison, incarnation)
         self._late_until: dict[str, float] = {}
         self._twice_until = 0.0
         self._num_pending = 0
@@ -142,10 +143,7 @@ class Chaos:
     def on_moment(self, moment: Moment) -> None:
         """Strike with the first order that waited for this."""
         if self._poisoned and (left := self._poisoned.get((moment.request_id, moment.stage), 0)):
-            self._poisoned[moment.request_id, moment.stage] = left - 1
-            if left == 1:
-                self._report(f"{moment.request_id} crashes worker after worker")
-            self._soon(lambda: self._kill(moment.worker_id))
+            self._crash_again(moment, left)
         if not self._orders:
             self.satisfied = not self._poisoned
             return
@@ -158,6 +156,16 @@ class Chaos:
             self._orders.remove(order)
             self._soon(lambda order=order: self._strike(order.kind, moment))  # type: ignore[misc]
             return
+
+    def _crash_again(self, moment: Moment, left: int) -> None:
+        worker = self._sim.live_worker(moment.worker_id)
+        if worker is None or (moment.request_id, worker.info.incarnation) in self._crashed:
+            return  # another choice of it came to the same stage
+        self._crashed.add((moment.request_id, worker.info.incarnation))
+        self._poisoned[moment.request_id, moment.stage] = left - 1
+        if left == 1:
+            self._report(f"{moment.request_id} crashes worker after worker")
+        self._soon(lambda: self._kill(moment.worker_id))
 
     def _applies(self, order: Order, moment: Moment) -> bool:
         return moment.worker_id in self._sim.workers and self._sim.live_worker(moment.worker_id) is not None

@@ -13,7 +13,7 @@ from cluster.router.effects import Ended, RouterEffect, ToWorker
 from cluster.sim.clock import VirtualClock
 from cluster.sim.router import SimRouter
 from cluster.sim.worker import SimWorker
-from cluster.types import Dispatch, Moved, Tokens, WorkerInfo
+from cluster.types import Dispatch, Failed, Moved, Tokens, WorkerInfo
 from cluster.worker.effects import Effect, OpenFetch, Publish, SendEntry, SendTaken, StartCopy, ToEngine
 from engine.messages import Add, Probe, PullClosed, Reserve
 
@@ -93,6 +93,8 @@ class StageWatcher:
             if isinstance(effect.entry, Tokens):
                 last = effect.entry.finish_reason is not None
                 self._tell("last token" if last else "streaming", effect.entry.request_id)
+            elif isinstance(effect.entry, Failed):
+                self._began.add((effect.entry.request_id, effect.entry.attempt))  # it does not queue there
             elif isinstance(effect.entry, Moved):
                 self._tell("moved", effect.entry.request_id)
         elif isinstance(effect, StartCopy):
