@@ -34,6 +34,7 @@ from engine.messages import Command
 
 NO_WORKER_S = 10.0
 FAR_S = 900.0  # deadlines beyond this are none
+MANY_CALLS = 8
 
 
 class Checker:
@@ -255,8 +256,9 @@ class Checker:
         return False
 
     def check_use(self, num_pieces: int) -> None:
-        """11."""
-        if not num_pieces:
+        """11. A few calls may all have been hit; a policy may leave nearly every prompt to the decode workers."""
+        num_calls = sum(worker.prefill.counters["accepted"] for worker in self._workers.values())
+        if num_calls >= MANY_CALLS and not num_pieces:
             self.report("not one piece was copied")
         if not any(worker.core.load().prefix_cache_hits for worker in self._workers.values()):
             self.report("nothing was ever found in a prefix cache")
