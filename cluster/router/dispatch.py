@@ -109,18 +109,19 @@ class Dispatcher:
         """The link said Welcome."""
         self._timers.note(now)
         old = self.fleet.workers.get(info.worker_id)
-        effects = self._lose(now, info.worker_id, crashed=old is not None and old.info.incarnation != info.incarnation)
+        self._lose(now, info.worker_id, crashed=old is not None and old.info.incarnation != info.incarnation)
         if (before := self.fleet.workers.get(info.worker_id)) and before.info.incarnation != info.incarnation:
             self.chooser.worker_replaced(before.info.incarnation)
         if not self.fleet.up(info).hung:
             self.recovery.came_back(info)
         self._timers.watch((info.worker_id, "silence"), now, SILENCE_S)
-        return effects + self._place_waiting(now)
+        return self._place_waiting(now)
 
     def on_worker_down(self, now: float, worker_id: str) -> list[RouterEffect]:
         """The link broke."""
         self._timers.note(now)
-        return self._lose(now, worker_id, crashed=True) + self._place_waiting(now)
+        self._lose(now, worker_id, crashed=True)
+        return self._place_waiting(now)
 
     def on_heartbeat(self, now: float, heartbeat: Heartbeat) -> list[RouterEffect]:
         """Load and liveness of a worker. One of another incarnation is late news."""
@@ -333,12 +334,13 @@ class Dispatcher:
 
     def _drop_link(self, now: float, worker: Worker, reason: str, *, crashed: bool) -> list[RouterEffect]:
         drop = DropLink(worker_id=worker.info.worker_id, reason=reason)
-        return [drop, *self._lose(now, worker.info.worker_id, crashed=crashed), *self._place_waiting(now)]
+        self._lose(now, worker.info.worker_id, crashed=crashed)
+        return [drop, *self._place_waiting(now)]
 
-    def _lose(self, now: float, worker_id: str, *, crashed: bool) -> list[RouterEffect]:
+    def _lose(self, now: float, worker_id: str, *, crashed: bool) -> None:
         worker = self.fleet.down(worker_id)
         if worker is None:
-            return []
+            return
         self.counters["lost_workers"] += 1
         self.chooser.worker_lost(worker_id)
         self.recovery.lost(worker_id)
@@ -350,7 +352,6 @@ class Dispatcher:
             else:
                 self.recovery.silent(request)
             self._place_again(now, request, RETRY_S, "decode worker lost")
-        return []
 
     # ---- ends
 

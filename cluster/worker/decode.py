@@ -126,10 +126,6 @@ class DecodeMachine:
         self.counters["aborts"] += 1
         return self._admit(now, self._drop(request))
 
-    def on_release(self, now: float, link_id: str, release: Release) -> list[Effect]:
-        """The router needs nothing of this attempt any more."""
-        return self.on_abort(now, link_id, release)
-
     def on_link_broken(self, now: float, link_id: str) -> list[Effect]:
         """A router is gone, and with it its requests."""
         self._timers.note(now)

@@ -6,10 +6,9 @@ SwitchRequest) and retire(now).
 
     DecodeMachine (worker/decode.py)                        PrefillMachine (worker/prefill.py)
       on_dispatch(now, link_id, Dispatch)                     on_fetch(now, FetchOpen)
-      on_abort(now, link_id, AbortRequest)                    on_taken(now, FetchTaken)
-      on_release(now, link_id, Release)                       on_call_broken(now, call_id)   (also: the receiver closed)
-      on_link_broken(now, link_id)                            on_events(now, StepEvents)
-      on_events(now, StepEvents)                              on_timer(now)
+      on_abort(now, link_id, AbortRequest | Release)          on_taken(now, FetchTaken)
+      on_link_broken(now, link_id)                            on_call_broken(now, call_id)   (also: the receiver closed)
+      on_events(now, StepEvents)                              on_events(now, StepEvents); on_timer(now)
       on_fetch_reply(now, call_id, FetchReply)                next_timer() -> seconds | None
       on_fetch_broken(now, call_id)   (ended by the source or the network)
       on_local_unavailable(now, call_id)   (Accepted names a memory that cannot be opened here: instead of the reply)

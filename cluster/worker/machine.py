@@ -60,7 +60,6 @@ class WorkerMachine:
 
     def on_switch(self, now: float, call_id: str, request: SwitchRequest) -> list[Effect]:
         """Somebody wants another role. Exactly one SendSwitchReply follows, at once or when it is over."""
-        self._tally = self.decode.tally if self.role.leaving is None else self._tally
         return self._settle(now, self._roles(now, self.role.on_switch(now, call_id, request)))
 
     def retire(self, now: float) -> list[Effect]:
@@ -137,13 +136,15 @@ class WorkerMachine:
         """Effects of the role machine, with what each transition means for the other two."""
         done: list[Effect] = []
         for effect in effects:
-            if isinstance(effect, SendSwitchReply):
+            if isinstance(effect, SendSwitchReply) and effect.reply.outcome != "refused":
                 moved, finished = (count - before for count, before in zip(self.decode.tally, self._tally, strict=True))
                 reply = replace(effect.reply, moved=moved, finished_in_place=finished)
                 done.append(replace(effect, reply=reply))
                 continue
             done.append(effect)
             if isinstance(effect, Publish):
+                if effect.info.state == "draining":
+                    self._tally = self.decode.tally
                 self.decode.info = self.prefill.info = effect.info
                 done += self._on_transition(now)
         return done

@@ -132,6 +132,19 @@ def test_a_second_switch_meanwhile_is_refused() -> None:
     check_texts(sim)
 
 
+def test_a_refused_switch_counts_nothing_and_spoils_no_count() -> None:
+    sim = running(8, "prefill-1", "decode-1", "decode-2")
+    mine = sim.workers["decode-1"].decode.num_live
+    first = ask(sim, "decode-1", "prefill")
+    assert sim.run_while(lambda: sim.workers["decode-1"].info.state != "verifying", limit_s=5)
+    second = ask(sim, "decode-1", "prefill")
+    sim.run_for(0.001)
+    assert [(reply.outcome, reply.moved) for reply in second.replies] == [("refused", 0)]
+    assert sim.run_while(lambda: not first.replies, limit_s=5)
+    assert first.replies[0].moved == mine >= 2
+    check_texts(sim)
+
+
 def test_a_wrong_canary_brings_the_old_role_back() -> None:
     sim = running(6, "prefill-1", "decode-1", "decode-2")
     machine = sim.workers["decode-1"].machine
