@@ -333,9 +333,8 @@ class Dispatcher:
         return _down(releases)
 
     def _drop_link(self, now: float, worker: Worker, reason: str, *, crashed: bool) -> list[RouterEffect]:
-        drop = DropLink(worker_id=worker.info.worker_id, reason=reason)
         self._lose(now, worker.info.worker_id, crashed=crashed)
-        return [drop, *self._place_waiting(now)]
+        return [DropLink(worker_id=worker.info.worker_id, reason=reason), *self._place_waiting(now)]
 
     def _lose(self, now: float, worker_id: str, *, crashed: bool) -> None:
         worker = self.fleet.down(worker_id)
