@@ -171,8 +171,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def client(cluster: Cluster) -> openai.OpenAI:
-    return openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0)
+def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 def oracle(cluster: Cluster, prompt: list[int], num_tokens: int, **params: Any) -> str:

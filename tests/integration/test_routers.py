@@ -23,6 +23,11 @@ WORKERS = ("prefill-1", "decode-1", "decode-2")
 AWAY_S = 60.0
 
 
+def sdk(cluster: Cluster) -> openai.OpenAI:
+    """To be closed: a connection that the garbage collector has to find fails whichever test runs by then."""
+    return openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0)
+
+
 @contextmanager
 def redis() -> Iterator[RedisKeeper]:
     keeper = RedisKeeper()
@@ -65,7 +70,10 @@ class Load:
             thread.start()
 
     def _ask(self, index: int, cluster: Cluster, number: int) -> None:
-        client = openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0)
+        with sdk(cluster) as client:
+            self._ask_on(client, index, cluster, number)
+
+    def _ask_on(self, client: openai.OpenAI, index: int, cluster: Cluster, number: int) -> None:
         turn = 0
         while not self._stop.is_set():
             prompt = [30 + (number * 31 + turn * 7 + position * (number + 3)) % 200 for position in range(150)]
@@ -121,8 +129,7 @@ def _killed_router_leaves_nothing(stays: Cluster, dies: Cluster) -> None:
 
 
 def _ask_in_vain(cluster: Cluster, prompt: list[int]) -> None:
-    client = openai.OpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0)
-    with pytest.raises((openai.APIError, httpx.HTTPError)):
+    with sdk(cluster) as client, pytest.raises((openai.APIError, httpx.HTTPError)):
         for _ in client.completions.create(model=MODEL, prompt=prompt, max_tokens=3000, stream=True, **STEADY):
             pass
 

@@ -41,13 +41,13 @@ def test_a_paddle_model_of_the_hub_is_served(repo: Path, tmp_path: Path, monkeyp
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         with serving(tmp_path, ID, "--backend", "process") as server:
             server.wait_until_ready()
-            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60)
-            assert [model.id for model in client.models.list()] == [ID]
-            options = {"temperature": 0.0, "max_tokens": 24}
-            question = [{"role": "user", "content": "你好，the quick 🎉"}]  # noqa: RUF001
-            whole = client.chat.completions.create(model=ID, messages=question, **options)
-            stream = client.chat.completions.create(model=ID, messages=question, stream=True, **options)
-            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60) as client:
+                assert [model.id for model in client.models.list()] == [ID]
+                options = {"temperature": 0.0, "max_tokens": 24}
+                question = [{"role": "user", "content": "你好，the quick 🎉"}]  # noqa: RUF001
+                whole = client.chat.completions.create(model=ID, messages=question, **options)
+                stream = client.chat.completions.create(model=ID, messages=question, stream=True, **options)
+                streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
             assert server.end(signal.SIGTERM) == 0
     assert streamed == whole.choices[0].message.content and streamed
     assert f"downloading {ID}" in server.text()

@@ -43,6 +43,7 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 
 def sdk(server: Any, key: str = "none") -> openai.OpenAI:
+    """To be closed: a connection that the garbage collector has to find fails whichever test runs by then."""
     return openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0)
 
 
@@ -57,8 +58,7 @@ def raw(server: Any, data: bytes) -> tuple[int, bytes]:
 
 
 def test_the_openai_sdk_chats_and_completes_whole_and_streamed(live: Lives) -> None:
-    with live(api_key="sk-1") as server:
-        client = sdk(server, "sk-1")
+    with live(api_key="sk-1") as server, sdk(server, "sk-1") as client:
         assert [model.id for model in client.models.list()] == [MODEL]
         answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2, logprobs=True, top_logprobs=1)
         assert [choice.message.content for choice in answer.choices] == ["Hello, world"] * 2
@@ -77,8 +77,8 @@ def test_the_openai_sdk_chats_and_completes_whole_and_streamed(live: Lives) -> N
         assert {choice.finish_reason for choice in whole.choices} == {"length"}
         text = "".join(c.choices[0].text for c in client.completions.create(model=MODEL, prompt="x", stream=True))
         assert text == "Hello, world"
-        with pytest.raises(openai.AuthenticationError):
-            sdk(server, "sk-2").models.list()
+        with sdk(server, "sk-2") as stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model=MODEL, messages=MESSAGES, reasoning_effort="high")
         assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "reasoning_effort")
@@ -89,8 +89,8 @@ def test_a_failure_in_mid_stream_raises_in_the_sdk(live: Lives) -> None:
     with live() as server:
         behave(server, fail_after=4, step_s=0.002)
         seen = ""
-        with pytest.raises(openai.APIError) as caught:
-            for chunk in sdk(server).chat.completions.create(model=MODEL, messages=MESSAGES, stream=True):
+        with sdk(server) as client, pytest.raises(openai.APIError) as caught:
+            for chunk in client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True):
                 seen += chunk.choices[0].delta.content or ""
         assert (seen, caught.value.code) == ("Hell", "internal_error")
 
@@ -136,10 +136,10 @@ def test_a_client_that_does_not_read_is_given_up(live: Lives) -> None:
 
 
 def test_a_slow_reader_that_reads_gets_everything(live: Lives) -> None:
-    with live(stream_buffer_bytes=256 << 10) as server:
+    with live(stream_buffer_bytes=256 << 10) as server, sdk(server) as client:
         behave(server, text="z" * 100, step_s=0.001)
-        chunks = sdk(server).completions.create(model=MODEL, prompt="x", max_tokens=300, stream=True,
-                                                extra_body={"ignore_eos": True})  # fmt: skip
+        chunks = client.completions.create(model=MODEL, prompt="x", max_tokens=300, stream=True,
+                                           extra_body={"ignore_eos": True})  # fmt: skip
         text = ""
         for index, chunk in enumerate(chunks):
             text += chunk.choices[0].text
