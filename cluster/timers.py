@@ -22,7 +22,7 @@ class Timers(Generic[Key]):
     """Deadlines by key; one key has at most one. Every time is an absolute monotonic second."""
 
     def __init__(self) -> None:
-        self._at: dict[Key, tuple[float, int]] = {}
+        self._at: dict[Key, tuple[float, int, Key]] = {}  # the key's own entry of the heap; others of it are stale
         self._silence_limits: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._serial = 0
@@ -31,13 +31,15 @@ class Timers(Generic[Key]):
 
     def note(self, now: float) -> bool:
         """Say that the observer runs. To be called first at every entry. Returns whether it had lagged."""
-        lagged = bool(self._silence_limits) and now - self._noted > OBSERVER_LAG_S
-        self._noted = max(now, self._noted)
-        if lagged:
-            self.num_lags += 1
-            for key, limit_s in self._silence_limits.items():
-                self._push(key, now + limit_s)
-        return lagged
+        gap_s = now - self._noted
+        if gap_s > 0.0:
+            self._noted = now
+        if gap_s <= OBSERVER_LAG_S or not self._silence_limits:
+            return False
+        self.num_lags += 1
+        for key, limit_s in self._silence_limits.items():
+            self._push(key, now + limit_s)
+        return True
 
     def set(self, key: Key, at: float) -> None:
         """Set or move a deadline."""
@@ -61,36 +63,32 @@ class Timers(Generic[Key]):
 
     def next(self) -> float | None:
         """When to call again at the latest (absolute), or None when nothing is set."""
-        self._drop_stale()
-        first = self._heap[0][0] if self._heap else None
+        heap, at = self._heap, self._at
+        while heap and at.get(heap[0][2]) is not heap[0]:
+            heapq.heappop(heap)
+        first = heap[0][0] if heap else None
         if self._silence_limits:
             tick = self._noted + TICK_S
-            return tick if first is None else min(first, tick)
+            return tick if first is None or tick < first else first
         return first
 
     def due(self, now: float) -> list[Key]:
         """Remove and return the keys whose time has come, earliest first. Notes `now` first."""
         self.note(now)
         keys: list[Key] = []
-        self._drop_stale()
-        while self._heap and self._heap[0][0] <= now:
-            key = heapq.heappop(self._heap)[2]
-            self.clear(key)
-            keys.append(key)
-            self._drop_stale()
+        heap = self._heap
+        while heap and heap[0][0] <= now:
+            entry = heapq.heappop(heap)
+            key = entry[2]
+            if self._at.get(key) is entry:
+                self.clear(key)
+                keys.append(key)
         return keys
 
     def _push(self, key: Key, at: float) -> None:
         self._serial += 1
-        self._at[key] = (at, self._serial)
-        heapq.heappush(self._heap, (at, self._serial, key))
+        self._at[key] = entry = (at, self._serial, key)
+        heapq.heappush(self._heap, entry)
         if len(self._heap) > 64 + 4 * len(self._at):
-            self._heap = [(time, serial, key) for key, (time, serial) in self._at.items()]
+            self._heap = list(self._at.values())
             heapq.heapify(self._heap)
-
-    def _drop_stale(self) -> None:
-        while self._heap:
-            at, serial, key = self._heap[0]
-            if self._at.get(key) == (at, serial):
-                return
-            heapq.heappop(self._heap)

@@ -35,6 +35,8 @@ from engine.scheduler.step_cost import StepCost
 WordArray = npt.NDArray[np.uint64]
 _LINK = struct.Struct("<Qii")
 _NOISE = struct.Struct("<QQII")
+_STOP_MODULUS = 1_000_003
+_WORD_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +63,25 @@ class FakeModel:
         """The chain value before position 0."""
         return xxhash.xxh3_64_intdigest(self.identity.encode())
 
-    def chain(self, previous: int, tokens: Sequence[int], first_position: int) -> WordArray:
-        """Chain values uint64 [n] of `tokens` from `first_position` on, after the value `previous`."""
+    @cached_property
+    def _stop_below(self) -> float:
+        return self.stop_probability * _STOP_MODULUS
+
+    def chain(self, previous: int, tokens: Sequence[int], first_position: int) -> list[int]:
+        """Chain values of `tokens` from `first_position` on, after the value `previous`."""
         values = []
         digest, pack = xxhash.xxh3_64_intdigest, _LINK.pack
         for position, token in enumerate(tokens, start=first_position):
             previous = digest(pack(previous, token, position))
             values.append(previous)
-        return np.array(values, dtype=np.uint64)
+        return values
 
     def choose(self, kv_digest: int, params: SamplingParams, seed: int, choice: int, n: int, num_outputs: int) -> int:
         """The token at position n. Only temperature, min_tokens and the stop ids of `params` matter."""
         noise = (seed, choice) if not params.greedy else (0, 0)
         value = xxhash.xxh3_64_intdigest(_NOISE.pack(kv_digest, noise[0], noise[1], n))
         may_stop = num_outputs >= params.min_tokens
-        if may_stop and value % 1_000_003 < self.stop_probability * 1_000_003:
+        if may_stop and value % _STOP_MODULUS < self._stop_below:
             return self.eos_token_id
         index = (value >> 20) % len(self.vocabulary)
         for _ in range(len(self.vocabulary)):
@@ -91,7 +97,7 @@ class FakeModel:
 
     def prompt_oracle(self, prompt: Sequence[int]) -> list[float]:
         """Logprobs of the prompt's tokens from the second on."""
-        chain = self.chain(self.root, prompt, 0).tolist()
+        chain = self.chain(self.root, prompt, 0)
         return [self.prompt_logprob(value, token) for value, token in zip(chain, prompt[1:], strict=False)]
 
     def oracle(
@@ -114,6 +120,7 @@ class FakeModel:
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {self.eos_token_id})
         chain = self.chain(self.root, prompt, 0)
         digest = xxhash.xxh3_64(spread(chain, token_words).tobytes())
+        last, pack, odd = chain[-1], struct.Struct(f"<{token_words}Q").pack, odd_multipliers(token_words).tolist()
         outputs: list[int] = []
         while len(outputs) < limit:
             n = len(prompt) + len(outputs)
@@ -121,14 +128,14 @@ class FakeModel:
             outputs.append(token)
             if token in stop_ids and len(outputs) > params.min_tokens:
                 break
-            chain = self.chain(int(chain[-1]), [token], n)
-            digest.update(spread(chain, token_words).tobytes())
+            last = self.chain(last, (token,), n)[0]
+            digest.update(pack(*[last * factor & _WORD_MASK for factor in odd]))  # as `spread`, without its arrays
         return outputs
 
 
-def spread(chain: WordArray, num_words: int) -> WordArray:
+def spread(chain: Sequence[int], num_words: int) -> WordArray:
     """uint64 [n, num_words]: each position's chain value, once as it is and then by odd multiples (all invertible)."""
-    return chain[:, None] * odd_multipliers(num_words)[None, :]
+    return np.array(chain, dtype=np.uint64)[:, None] * odd_multipliers(num_words)
 
 
 @cache
@@ -160,7 +167,7 @@ class ArrayMemory:
 class _Row:
     start: RowStart
     tokens: list[int]
-    table: IntArray  # [max blocks]
+    table: list[int]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -198,9 +205,11 @@ class FakeRunner:
             raise ValueError(f"the fake needs uint8 KV with head_dim a multiple of 8, got {layout}")
         self.model = model
         self.memory = memory
-        self._words6 = memory.bytes6.view(np.uint64)  # [num_blocks, L, 2, H, block_size, D / 8]
+        self._block_size = layout.block_size
         self._token_words = layout.token_bytes // 8
-        self._token_shape = (*self._words6.shape[1:4], self._words6.shape[5])
+        self._head_words = layout.head_dim // 8
+        # uint64 [num_blocks, L * 2 * H, block_size, D / 8], a view
+        self._pool = memory.bytes6.view(np.uint64).reshape(layout.num_blocks, -1, layout.block_size, self._head_words)
         self._odd = odd_multipliers(self._token_words)
         self._max_blocks = layout.blocks_for(max_model_len)
         self._speed = speed
@@ -239,58 +248,68 @@ class FakeRunner:
 
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         for start in batch.starts:
-            table = np.zeros(self._max_blocks, dtype=np.int32)
-            self._rows[start.row] = _Row(start=start, tokens=start.token_ids.tolist(), table=table)
+            self._rows[start.row] = _Row(start=start, tokens=start.token_ids.tolist(), table=[])
         for news in batch.new_blocks:
-            self._rows[news.row].table[news.first : news.first + len(news.block_ids)] = news.block_ids
+            table = self._rows[news.row].table
+            assert news.first == len(table) < self._max_blocks, f"row {news.row}: a hole in its block table"
+            table += news.block_ids.tolist()
         shape = list(zip(batch.rows.tolist(), batch.num_computed.tolist(), batch.query_lens.tolist(), strict=True))
         for row, num_computed, query_len in shape:
             if query_len == 1:
                 self._write_token(self._rows[row], num_computed)
             else:
                 self._write_kv(self._rows[row], num_computed, query_len)
-        token_ids = np.full(len(shape), -1, dtype=np.int32)
+        token_ids = [-1] * len(shape)
         logprobs: dict[int, TokenLogprobs] = {}
-        for i, (row, num_computed, query_len) in enumerate(shape):
-            if batch.samples[i]:
+        for i, samples in enumerate(batch.samples.tolist()):
+            if samples:
+                row, num_computed, query_len = shape[i]
                 token_ids[i] = self._sample(self._rows[row], num_computed + query_len)
                 num_tops = self._rows[row].start.params.logprobs
                 if num_tops is not None:
-                    logprobs[i] = self._logprobs(int(token_ids[i]), num_tops)
+                    logprobs[i] = self._logprobs(token_ids[i], num_tops)
         prompt_logprobs = {score.index: self._score(self._rows[shape[score.index][0]], score) for score in batch.scores}
-        return StepResult(step=batch.step, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return StepResult(
+            step=batch.step,
+            token_ids=np.array(token_ids, dtype=np.int32),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _value_before(self, row: _Row, position: int) -> int:
+        """The chain value of the position before this one, as it lies in the pool."""
+        if position == 0:
+            return self.model.root
+        before = position - 1
+        return int(self._pool[row.table[before // self._block_size], 0, before % self._block_size, 0])
 
     def _write_token(self, row: _Row, position: int) -> None:
         """What _write_kv does, for one token: every decode row of every step comes here."""
-        size = self.memory.layout.block_size
-        previous = self.model.root
-        if position:
-            block_id = row.table[(position - 1) // size]
-            previous = int(self._words6[block_id, 0, 0, 0, (position - 1) % size, 0])
-        token, block_id = row.tokens[position], row.table[position // size]
+        block_id = row.table[position // self._block_size]
         assert block_id, f"row {row.start.row} writes into the null block"
-        words = self.model.chain(previous, (token,), position) * self._odd
-        self._words6[block_id, :, :, :, position % size, :] = words.reshape(self._token_shape)
+        value = self.model.chain(self._value_before(row, position), (row.tokens[position],), position)[0]
+        words = (self._odd * np.uint64(value)).reshape(-1, self._head_words)
+        self._pool[block_id, :, position % self._block_size] = words
 
     def _write_kv(self, row: _Row, num_computed: int, query_len: int) -> None:
-        layout = self.memory.layout
-        previous = self.model.root
-        if num_computed:
-            block_id = row.table[(num_computed - 1) // layout.block_size]
-            previous = int(self._words6[block_id, 0, 0, 0, (num_computed - 1) % layout.block_size, 0])
-        tokens = row.tokens[num_computed : num_computed + query_len]
+        """Block by block: plain slices take a fraction of what indexing by arrays of positions would."""
+        size, end = self._block_size, num_computed + query_len
+        previous = self._value_before(row, num_computed)
+        tokens = row.tokens[num_computed:end]
         assert len(tokens) == query_len, f"row {row.start.row} computes tokens that it does not have"
-        chain = self.model.chain(previous, tokens, num_computed)
-        positions = np.arange(num_computed, num_computed + query_len)
-        block_ids = row.table[positions // layout.block_size]
-        assert block_ids.all(), f"row {row.start.row} writes into the null block"
-        words = spread(chain, self._token_words).reshape(-1, *self._words6.shape[1:4], self._words6.shape[5])
-        self._words6[block_ids, :, :, :, positions % layout.block_size, :] = words
+        words = spread(self.model.chain(previous, tokens, num_computed), self._token_words)
+        words3 = words.reshape(query_len, -1, self._head_words).swapaxes(0, 1)  # [L * 2 * H, n, D / 8]
+        at = num_computed
+        while at < end:
+            block_id, first = row.table[at // size], at % size
+            assert block_id, f"row {row.start.row} writes into the null block"
+            num = min(size - first, end - at)
+            self._pool[block_id, :, first : first + num] = words3[:, at - num_computed : at - num_computed + num]
+            at += num
 
     def _sample(self, row: _Row, n: int) -> int:
-        block_size = self.memory.layout.block_size
-        kv = self._words6[row.table[: -(-n // block_size)]].transpose(0, 4, 1, 2, 3, 5)
-        kv_digest = xxhash.xxh3_64_intdigest(np.ascontiguousarray(kv.reshape(-1, self._token_words)[:n]).data)
+        kv = self._pool.take(row.table[: -(-n // self._block_size)], 0).swapaxes(1, 2)  # a copy of what is there now
+        kv_digest = xxhash.xxh3_64_intdigest(kv.reshape(-1, self._token_words)[:n].tobytes())
         start = row.start
         num_outputs = n - start.num_prompt_tokens
         token = self.model.choose(kv_digest, start.params, start.seed, start.choice, n, num_outputs)
@@ -300,12 +319,10 @@ class FakeRunner:
 
     def _score(self, row: _Row, score: PromptScore) -> tuple[TokenLogprobs, ...]:
         """From the chain values as they are read from the pool."""
-        layout, scored = self.memory.layout, []
+        scored = []
         for position in range(score.first_position, score.first_position + score.count):
-            before = position - 1
-            words = self._words6[row.table[before // layout.block_size], 0, 0, 0, before % layout.block_size]
             token = row.tokens[position]
-            logprob = self.model.prompt_logprob(int(words[0]), token)
+            logprob = self.model.prompt_logprob(self._value_before(row, position), token)
             entry = self._logprobs(token, score.num_top)
             scored.append(replace(entry, logprob=logprob))
         return tuple(scored)
@@ -334,7 +351,7 @@ class FakeConfig:
         """Tokens of prompt and outputs."""
         return self.engine.max_model_len or 4096
 
-    @property
+    @cached_property
     def profile(self) -> Profile:
         """What it says of itself: exactly its speed."""
         return profile_of(
@@ -345,7 +362,7 @@ class FakeConfig:
             kv_token_bytes=self.layout.token_bytes,
         )
 
-    @property
+    @cached_property
     def layout(self) -> KVLayout:
         """The KV pool's layout."""
         return KVLayout(

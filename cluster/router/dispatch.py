@@ -81,7 +81,7 @@ class Dispatcher:
         assert submit.request_id not in self._requests, "request ids are made by the server and never reused"
         if now >= submit.deadline:
             return [Ended(request_id=submit.request_id, code="deadline_exceeded")]
-        if len(self._waiting) + len(self._waiting_again) >= self._max_waiting:
+        if self.num_waiting >= self._max_waiting:
             self.counters["overloaded"] += 1
             return [Ended(request_id=submit.request_id, code="overloaded")]
         request = track(submit, now)
@@ -202,13 +202,22 @@ class Dispatcher:
 
     # ---- for people
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no worker has."""
+        return len(self._waiting) + len(self._waiting_again)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that a worker has."""
+        return len(self._requests) - self.num_waiting
+
     def status(self) -> DispatchStatus:
         """A snapshot."""
-        num_waiting = len(self._waiting) + len(self._waiting_again)
         return DispatchStatus(
             workers=tuple(worker_status(worker) for _, worker in sorted(self.fleet.workers.items())),
-            num_waiting=num_waiting,
-            num_running=len(self._requests) - num_waiting,
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
             counters=dict(self.counters),
             errors=self.chooser.accuracy.errors(),
             decisions=self.chooser.decisions(),
@@ -224,11 +233,14 @@ class Dispatcher:
 
     def _place_waiting(self, now: float) -> list[RouterEffect]:
         effects: list[RouterEffect] = []
+        if not self._waiting and not self._waiting_again:
+            return effects  # most often: every heartbeat and every entry of every worker asks
+        usable = self.fleet.decoders()
         for line in (self._waiting_again, self._waiting):
             for request in line.in_order():
                 if request.retry_at > now:
                     continue  # it waits for its own time and holds nobody up
-                decoders = [worker for worker in self.fleet.decoders() if _has_room(worker)]
+                decoders = [worker for worker in usable if _has_room(worker)]
                 if not decoders:
                     return effects
                 allowed = self.recovery.allowed(request, decoders)

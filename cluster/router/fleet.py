@@ -99,6 +99,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
+        self._by_id: list[tuple[str, Worker]] = []
         self._identity: str | None = None
 
     def up(self, info: WorkerInfo) -> Worker:
@@ -108,6 +109,7 @@ class Fleet:
         if old is not None and old.info.incarnation == info.incarnation:
             worker.hung, worker.step_count = old.hung, old.step_count
         self.workers[info.worker_id] = worker
+        self._by_id = sorted(self.workers.items())
         self.decoders()  # the first one's identity is what this router serves
         return worker
 
@@ -124,18 +126,18 @@ class Fleet:
 
     def decoders(self) -> list[Worker]:
         """Usable decode workers of the one identity that this router serves, by id."""
-        usable = [
-            worker for _, worker in sorted(self.workers.items()) if worker.usable and worker.info.role == "decode"
-        ]
-        if usable and self._identity not in {worker.info.identity for worker in usable}:
+        usable = [worker for _, worker in self._by_id if worker.usable and worker.info.role == "decode"]
+        serving = [worker for worker in usable if worker.info.identity == self._identity]
+        if usable and not serving:
             self._identity = usable[0].info.identity
-        return [worker for worker in usable if worker.info.identity == self._identity]
+            serving = [worker for worker in usable if worker.info.identity == self._identity]
+        return serving
 
     def sources(self, decoder: WorkerInfo) -> list[Worker]:
         """Usable prefill workers whose KV `decoder` can read, by id."""
         return [
             worker
-            for _, worker in sorted(self.workers.items())
+            for _, worker in self._by_id
             if worker.usable
             and worker.info.role == "prefill"
             and (worker.info.identity, worker.info.kv_fingerprint) == (decoder.identity, decoder.kv_fingerprint)

@@ -145,7 +145,7 @@ class Chaos:
         if self._poisoned and (left := self._poisoned.get((moment.request_id, moment.stage), 0)):
             self._crash_again(moment, left)
         if not self._orders:
-            self.satisfied = not self._poisoned
+            self.satisfied = not self._poisoned and not self._num_pending
             return
         now = self._sim.clock.now
         for order in self._orders:

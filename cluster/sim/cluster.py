@@ -247,11 +247,13 @@ class SimCluster:
             return self.router.results
         return {name: result for router in self.routers for name, result in router.results.items()}
 
-    def oracle(self, submit: Submit) -> dict[int, list[int]]:
-        """The text of every choice, from the tokens alone."""
+    def oracle(self, submit: Submit, *, at_most: int | None = None) -> dict[int, list[int]]:
+        """The text of every choice, from the tokens alone; of each only the first `at_most` tokens if that is given."""
         engine = self.config.workers[0].engine
         prompt = np.frombuffer(submit.prompt, dtype="<i4").tolist()
         limit = engine.max_model_len - len(prompt)
+        if at_most is not None:
+            limit = min(limit, at_most)
         return {
             choice: engine.model.oracle(
                 prompt,
@@ -284,7 +286,7 @@ class SimCluster:
             if load.num_running or load.num_waiting or load.num_served:
                 found.append(f"{worker_id}: the rank has {load}")
         for router in self.routers:
-            status = router.dispatcher.status()
-            if router.process.alive and (status.num_waiting or status.num_running):
-                found.append(f"{router.router_id}: {status.num_waiting} waiting, {status.num_running} running")
+            num_waiting, num_running = router.dispatcher.num_waiting, router.dispatcher.num_running
+            if router.process.alive and (num_waiting or num_running):
+                found.append(f"{router.router_id}: {num_waiting} waiting, {num_running} running")
         return found

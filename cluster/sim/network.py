@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -18,7 +19,7 @@ from cluster.sim.process import SimProcess
 KEEPALIVE_S = 3.0  # ping every second, 2 s for its answer (cluster/rpc/channel.py)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class End:
     """One end of a connection: whose it is and what it does with what arrives. `on_closed` comes at most once."""
 
@@ -27,6 +28,17 @@ class End:
     on_closed: Callable[[], None]
     open: bool = True
     last_arrival: float = 0.0
+
+    def receive(self, message: Any) -> None:
+        """A message arrives, at a process that runs."""
+        if self.open:
+            self.on_message(message)
+
+    def hear_closed(self) -> None:
+        """Nothing more comes."""
+        if self.open:
+            self.open = False
+            self.on_closed()
 
 
 class Connection:
@@ -39,46 +51,42 @@ class Connection:
 
     def send(self, side: int, message: Any, num_bytes: int = 0, *, urgent: bool = False) -> None:
         """Send from one end. Lost if either end has closed by then. `urgent` overtakes what went before."""
-        if self.ends[side].open:
-            self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes, urgent)
-            if self._network.doubled is not None and self._network.doubled(self.ends[side].process, message):
-                self._deliver(1 - side, lambda: self._receive(1 - side, message), num_bytes)
+        sender, receiver = self.ends[side], self.ends[1 - side]
+        if sender.open:
+            arrive = partial(receiver.process.post, receiver.receive, message)
+            self._deliver(1 - side, arrive, num_bytes, urgent)
+            if self._network.doubled is not None and self._network.doubled(sender.process, message):
+                self._deliver(1 - side, arrive, num_bytes)
 
     def close(self, side: int) -> None:
         """Close from one end; the other hears of it after what was sent before."""
         if self.ends[side].open:
             self.ends[side].open = False
-            self._deliver(1 - side, lambda: self._closed(1 - side), 0)
+            self._deliver_end(1 - side)
 
     def cut(self) -> None:
         """The network breaks it: both ends hear of it."""
         for side in (0, 1):
-            self._deliver(side, lambda side=side: self._closed(side), 0)  # type: ignore[misc]
+            self._deliver_end(side)
 
     def time_out(self) -> None:
         """Both ends give up waiting for an answer to their ping, each when it runs."""
-        for side, end in enumerate(self.ends):
+        for end in self.ends:
             if end.process.alive:
-                end.process.post(lambda side=side: self._closed(side))  # type: ignore[misc]
+                end.process.post(end.hear_closed)
 
-    def _deliver(self, side: int, run: Callable[[], None], num_bytes: int, urgent: bool = False) -> None:
+    def _deliver_end(self, side: int) -> None:
+        end = self.ends[side]
+        self._deliver(side, partial(end.process.post, end.hear_closed), 0)
+
+    def _deliver(self, side: int, arrive: Callable[[], None], num_bytes: int, urgent: bool = False) -> None:
         end, other = self.ends[side], self.ends[1 - side]
         at = self._network.arrival(num_bytes)
         if self._network.troubled:
             at = self._network.later(at, other.process, end.process, self.held_until)
         if not urgent:
             end.last_arrival = at = max(end.last_arrival, at)
-        self._network.clock.at(at, lambda: end.process.post(run))
-
-    def _receive(self, side: int, message: Any) -> None:
-        if self.ends[side].open:
-            self.ends[side].on_message(message)
-
-    def _closed(self, side: int) -> None:
-        end = self.ends[side]
-        if end.open:
-            end.open = False
-            end.on_closed()
+        self._network.clock.at(at, arrive)
 
 
 class Network:

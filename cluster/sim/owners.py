@@ -7,7 +7,6 @@ release   no more often than it was taken
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from cluster.sim.worker import SimWorker
@@ -20,9 +19,9 @@ class BlockOwners:
     def __init__(self, worker: SimWorker, report: Callable[[str], None]) -> None:
         self._name = worker.info.worker_id
         self._report = report
-        self._holders: Counter[int] = Counter()
-        self._writers: Counter[int] = Counter()
         blocks = worker.core.scheduler.blocks
+        self._holders = [0] * (blocks.num_usable + 1)
+        self._writers = [0] * (blocks.num_usable + 1)
         self._allocate = blocks.allocate
         self._acquire = blocks.acquire
         self._release = blocks.release
@@ -35,7 +34,7 @@ class BlockOwners:
     @property
     def num_held(self) -> int:
         """Blocks with at least one holder."""
-        return sum(count > 0 for count in self._holders.values())
+        return sum(count > 0 for count in self._holders)
 
     def copy_started(self, effect: StartCopy) -> None:
         """Its targets are the copy's until it reports."""

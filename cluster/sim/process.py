@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from cluster.sim.clock import VirtualClock
 
@@ -18,16 +20,16 @@ class SimProcess:
         self._timers: list[Callable[[], None]] = []
         self._inbox: list[Callable[[], None]] = []
 
-    def post(self, run: Callable[[], None]) -> None:
+    def post(self, run: Callable[..., None], *arguments: Any) -> None:
         """Something arrived: handle it now, or after the process goes on."""
         if self.frozen:
-            self._inbox.append(run)
+            self._inbox.append(partial(run, *arguments))
         elif self.alive:
-            run()
+            run(*arguments)
 
     def at(self, when: float, run: Callable[[], None]) -> None:
         """Set a timer; one that passes while the process is stopped fires when it goes on, before what arrived."""
-        self.clock.at(when, lambda: self._timer(run))
+        self.clock.at(when, partial(self._timer, run))
 
     def _timer(self, run: Callable[[], None]) -> None:
         if self.frozen:

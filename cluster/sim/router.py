@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Protocol
 
@@ -81,11 +82,14 @@ class SimRouter:
         """A client's request, validated and tokenised."""
         self.results[submit.request_id] = SimResult(submit=submit, submitted_at=self._world.clock.now)
         self.num_live += 1
-        self.process.post(lambda: self._do(self.dispatcher.on_submit(self._world.clock.now, submit)))
+        self.process.post(self._submit, submit)
+
+    def _submit(self, submit: Submit) -> None:
+        self._do(self.dispatcher.on_submit(self._world.clock.now, submit))
 
     def cancel(self, request_id: str) -> None:
         """The client goes away; the router notices when it runs."""
-        self.process.post(lambda: self._cancel(request_id))
+        self.process.post(self._cancel, request_id)
 
     def _cancel(self, request_id: str) -> None:
         result = self.results[request_id]
@@ -108,8 +112,8 @@ class SimRouter:
         link_id = f"{self.router_id}#{self._num_links}"
         here = End(
             process=self.process,
-            on_message=lambda message: self._from_worker(worker_id, worker.info.incarnation, message),
-            on_closed=lambda: self._down(worker_id),
+            on_message=partial(self._from_worker, worker_id, worker.info.incarnation),
+            on_closed=partial(self._down, worker_id),
         )
         connection = self._world.network.connect(here, worker.accept_link(link_id))
         self._links[worker_id] = connection
@@ -157,7 +161,7 @@ class SimRouter:
         at = self.dispatcher.next_timer()
         if at is not None and at < self._wake_up_at:
             self._wake_up_at = at
-            self.process.at(at, lambda: self._wake_up(at))
+            self.process.at(at, partial(self._wake_up, at))
 
     def _wake_up(self, at: float) -> None:
         if self._wake_up_at == at:

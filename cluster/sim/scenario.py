@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -39,6 +40,7 @@ START_S = 0.05  # links are up
 ARRIVALS_S = 0.2
 FALLBACK_AT_S = START_S + 0.4  # an order that found no moment of its stage strikes at any after this
 DRAIN_LIMIT_S = 120.0
+FAR_S = 1000.0  # a deadline that is none
 LONG_TOKENS = 140
 SMALL_POOL = 16  # blocks: just enough for the longest request
 FREED_WITHIN_S = 1.0
@@ -183,22 +185,27 @@ def _requests(rng: Random) -> list[tuple[float, Submit, float | None]]:
         at = START_S + rng.randrange(6) * ARRIVALS_S / 6 + rng.random() * 0.001
         prompt = (rng.choice(prefixes) if rng.random() < 0.5 else []) + tokens(rng, rng.choice((1, 9, 16, 24, 44)))
         leaves = at + rng.random() * 0.03 if rng.random() < 0.08 and i < NUM_REQUESTS - NUM_LATE else None
+        params = _params(
+            rng.choice((0.0, 0.8)),
+            # who is not told that its client left would go on for long
+            LONG_TOKENS if leaves is not None else rng.choice((1, 1, 2, 2, 3, 4, 8)),
+            rng.choice((1, 1, 1, 1, 2)),
+        )
         submit = Submit(
             request_id=f"r{i}",
             prompt=np.array(prompt, dtype="<i4").tobytes(),
-            params=SamplingParams(
-                temperature=rng.choice((0.0, 0.8)),
-                # who is not told that its client left would go on for long
-                max_tokens=LONG_TOKENS if leaves is not None else rng.choice((1, 1, 2, 2, 3, 4, 8)),
-                n=rng.choice((1, 1, 1, 1, 2)),
-            ),
-            seeds=(),
-            deadline=1000.0,
+            params=params,
+            seeds=tuple(rng.getrandbits(32) for _ in range(params.n)),
+            deadline=at + 0.01 + rng.random() * 0.3 if rng.random() < 0.06 else FAR_S,
         )
-        seeds = tuple(rng.getrandbits(32) for _ in range(submit.params.n))
-        deadline = at + 0.01 + rng.random() * 0.3 if rng.random() < 0.06 else submit.deadline
-        requests.append((at, replace(submit, seeds=seeds, deadline=deadline), leaves))
+        requests.append((at, submit, leaves))
     return requests
+
+
+@cache
+def _params(temperature: float, max_tokens: int, n: int) -> SamplingParams:
+    """The few that there are; checking one takes longer than all else of a request here."""
+    return SamplingParams(temperature=temperature, max_tokens=max_tokens, n=n)
 
 
 def _play(run: _Run, rng: Random) -> None:
@@ -214,7 +221,7 @@ def _play(run: _Run, rng: Random) -> None:
     sim.run_until(FALLBACK_AT_S)
     for i, (_, submit, _) in enumerate(requests[-NUM_LATE:]):
         at = sim.clock.now if chaos.stands_since is None else chaos.stands_since + LATE_S[i]
-        sim.submit(replace(submit, deadline=1000.0), at=at, router=i % 2)
+        sim.submit(replace(submit, deadline=FAR_S), at=at, router=i % 2)
     if not sim.drain(limit_s=DRAIN_LIMIT_S):
         return  # the checker names those that never end
     sim.run_while(lambda: run.controller.busy, limit_s=2.0)

@@ -7,7 +7,8 @@ are the worker states of ARCHITECTURE section 4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from cluster.router.effects import Ended, RouterEffect, ToWorker
 from cluster.sim.clock import VirtualClock
@@ -35,8 +36,7 @@ STAGES = (*REQUEST_STAGES, *PHASES)
 QUEUED_AFTER_S = 0.002  # a dispatch that has led to nothing for so long waits for a row
 
 
-@dataclass(frozen=True, kw_only=True)
-class Moment:
+class Moment(msgspec.Struct, frozen=True, kw_only=True):
     """A request at a stage: who decodes it, who is (or was last) its source, whose it is. In a phase: the switcher."""
 
     stage: str
@@ -50,7 +50,7 @@ class StageWatcher:
     """Tells `listener` of every moment."""
 
     def __init__(self, clock: VirtualClock, listener: Callable[[Moment], None]) -> None:
-        self.deaf = False  # nobody listens any more
+        self.deaf = False  # nobody listens any more, nor will: nothing is kept up to date from then on
         self._clock = clock
         self._listener = listener
         self._dispatched: dict[str, tuple[str, str, int]] = {}  # request -> (router, worker, attempt)
@@ -66,6 +66,8 @@ class StageWatcher:
 
     def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
         """Dispatches and ends."""
+        if self.deaf:
+            return
         if isinstance(effect, ToWorker):
             if isinstance(effect.message, Dispatch):
                 dispatch = effect.message
@@ -77,6 +79,8 @@ class StageWatcher:
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
         """Everything else."""
+        if self.deaf:
+            return
         if isinstance(effect, ToEngine):
             command = effect.command
             if isinstance(command, Probe):
@@ -119,9 +123,10 @@ class StageWatcher:
             self._tell("queued", key[0])
 
     def _tell(self, stage: str, request_id: str) -> None:
-        if self.deaf or request_id not in self._dispatched:
+        dispatched = self._dispatched.get(request_id)
+        if self.deaf or dispatched is None:
             return
-        router_id, worker_id, _ = self._dispatched[request_id]
+        router_id, worker_id, _ = dispatched
         source_id = self._sources.get(request_id, "")
         self._listener(
             Moment(stage=stage, request_id=request_id, worker_id=worker_id, source_id=source_id, router_id=router_id)

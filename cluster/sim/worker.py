@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, Protocol
 
@@ -145,8 +146,8 @@ class SimWorker:
         """A router connects: our end of its link. Say Welcome with `welcome` once the connection stands."""
         return End(
             process=self.process,
-            on_message=lambda message: self._from_router(link_id, message),
-            on_closed=lambda: self._link_broken(link_id),
+            on_message=partial(self._from_router, link_id),
+            on_closed=partial(self._link_broken, link_id),
         )
 
     def welcome(self, link_id: str, connection: Connection) -> None:
@@ -222,8 +223,8 @@ class SimWorker:
         source = self._world.workers[effect.source.worker_id]  # whoever has that address now
         here = End(
             process=self.process,
-            on_message=lambda reply: self._from_source(call.call_id, reply),
-            on_closed=lambda: self._fetch_broken(call.call_id),
+            on_message=partial(self._from_source, call.call_id),
+            on_closed=partial(self._fetch_broken, call.call_id),
         )
         opened: list[Connection] = []
 
@@ -233,7 +234,7 @@ class SimWorker:
             else:
                 source._taken(message)
 
-        there = End(process=source.process, on_message=at_source, on_closed=lambda: source._call_broken(call.call_id))
+        there = End(process=source.process, on_message=at_source, on_closed=partial(source._call_broken, call.call_id))
         opened.append(self._world.network.connect(here, there))
         self._fetches[call.call_id] = opened[0]
         self._fences[call.call_id] = CallFence(call_id=call.call_id, source_incarnation=effect.source.incarnation)
@@ -270,7 +271,7 @@ class SimWorker:
         source, fence = self._source_memory.get(piece.call_id), self._fences.get(piece.call_id)
         faults.copy_started(self.info.incarnation, effect)
         delay_s = usual if asked is None else asked
-        self.process.at(self._world.clock.now + delay_s, lambda: self._copied(effect, source, fence))
+        self.process.at(self._world.clock.now + delay_s, partial(self._copied, effect, source, fence))
 
     def _copied(self, effect: StartCopy, source: ArrayMemory | None, fence: CallFence | None) -> None:
         piece, faults = effect.piece, self._world.faults
@@ -287,10 +288,11 @@ class SimWorker:
         for effect in effects:
             self._world.on_effect(self, effect)
             self._perform(effect)
-        for link_id, entries in self._outbox.items():
-            if link_id in self._links:
-                self._links[link_id].send(1, tuple(entries))
-        self._outbox = {}
+        if self._outbox:
+            for link_id, entries in self._outbox.items():
+                if link_id in self._links:
+                    self._links[link_id].send(1, tuple(entries))
+            self._outbox = {}
         self._arm()
 
     def _perform(self, effect: Effect) -> None:
@@ -339,7 +341,7 @@ class SimWorker:
         at = self.machine.next_timer()
         if at is not None and at < self._wake_up_at:
             self._wake_up_at = at
-            self.process.at(at, lambda: self._wake_up(at))
+            self.process.at(at, partial(self._wake_up, at))
 
     def _wake_up(self, at: float) -> None:
         if self._wake_up_at == at:
@@ -366,10 +368,10 @@ class SimWorker:
         events = self.core.step(self._announce)
         jitter = 1.0 + self.config.step_jitter * (2.0 * self._jitter.random() - 1.0)
         done_at = self._world.clock.now + self.core.last_step_cost_s * jitter + RING_S
-        self.rank.at(done_at, lambda: self._landed(events))
+        self.rank.at(done_at, partial(self._landed, events))
 
     def _announce(self, events: StepEvents) -> None:
-        self._world.clock.at(self._world.clock.now + RING_S, lambda: self.process.post(lambda: self._hear(events)))
+        self._world.clock.at(self._world.clock.now + RING_S, partial(self.process.post, self._hear, events))
 
     def _hear(self, events: StepEvents) -> None:
         now = self._world.clock.now
@@ -383,6 +385,6 @@ class SimWorker:
         self._step_started_at = None
         self.num_steps += 1
         if events is not None:
-            self.process.post(lambda: self._hear(events))
+            self.process.post(self._hear, events)
         if self.core.has_work:
             self._step()

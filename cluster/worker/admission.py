@@ -22,8 +22,8 @@ def dispatch_trouble(dispatch: Dispatch, info: WorkerInfo) -> tuple[str, str] | 
         return "invalid_value", "The prompt is empty or malformed."
     if len({choice.index for choice in dispatch.choices}) != len(dispatch.choices):
         return "invalid_value", "Two choices have the same index."
-    ids = np.frombuffer(b"".join(parts), dtype="<i4")
-    if int(ids.min()) < 0 or (info.vocab_size and int(ids.max()) >= info.vocab_size):
+    ids = np.frombuffer(b"".join(parts), dtype="<u4")  # a negative id is a huge one
+    if int(ids.max()) >= (info.vocab_size or 1 << 31):
         return "invalid_value", "A token id is outside the vocabulary."
     longest = max(len(dispatch.prompt) + len(choice.outputs) for choice in dispatch.choices) // TOKEN_BYTES
     if info.max_model_len and longest >= info.max_model_len:

@@ -24,6 +24,8 @@ class CacheFeed:
 
     def on_step(self, stored: bytes, evicted: bytes) -> None:
         """What a step of the rank brought (StepEvents)."""
+        if not stored and not evicted:
+            return
         for key in _split(evicted):
             self._held.pop(key, None)
             self._changed[key] = False
@@ -34,6 +36,8 @@ class CacheFeed:
 
     def news(self, now: float, links: Sequence[str], *, soon: bool = False) -> list[tuple[str, CacheNews]]:
         """What to send now, by link. Nothing within FEED_S of the last time, unless `soon`."""
+        if not self._changed and links == self._told:
+            return []
         new = [link for link in links if link not in self._told]
         if not (new or self._changed) or (now < self._fed_at + FEED_S and not soon):
             return []

@@ -118,7 +118,9 @@ class WorkerMachine:
     def on_events(self, now: float, events: StepEvents) -> list[Effect]:
         """What one step of the rank brought."""
         effects = [*self.prefill.on_events(now, events), *self.decode.on_events(now, events)]
-        return self._settle(now, [*effects, *self._roles(now, self.role.on_events(now, events))])
+        if of_role := self.role.on_events(now, events):
+            effects += self._roles(now, of_role)
+        return self._settle(now, effects)
 
     def on_timer(self, now: float) -> list[Effect]:
         """To be called when next_timer() has come; earlier does no harm."""
@@ -127,8 +129,11 @@ class WorkerMachine:
 
     def next_timer(self) -> float | None:
         """The absolute monotonic second at which on_timer is to be called, or None."""
-        wanted = (self.decode.next_timer(), self.prefill.next_timer(), self.role.next_timer())
-        return min((at for at in wanted if at is not None), default=None)
+        first = self.decode.next_timer()
+        for at in (self.prefill.next_timer(), self.role.next_timer()):
+            if first is None or (at is not None and at < first):
+                first = at
+        return first
 
     # ---- inside
 

@@ -278,8 +278,8 @@ class PrefillMachine:
             )
         if not 0 <= call.start < call.end <= num_tokens or (mine.max_model_len and call.end > mine.max_model_len):
             return "range", f"[{call.start}, {call.end}) is not within {num_tokens} tokens and the context"
-        ids = np.frombuffer(call.tokens, dtype="<i4")
-        if int(ids.min()) < 0 or (mine.vocab_size and int(ids.max()) >= mine.vocab_size):
+        ids = np.frombuffer(call.tokens, dtype="<u4")  # a negative id is a huge one
+        if int(ids.max()) >= (mine.vocab_size or 1 << 31):
             return "tokens", "a token id is outside the vocabulary"
         if call.remaining_ms <= 0:
             return "deadline", "the deadline has passed"

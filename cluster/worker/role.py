@@ -18,6 +18,7 @@ Before the first "ready" both canaries run once, and what they give is the known
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -279,5 +280,10 @@ def canary_tokens(info: WorkerInfo) -> bytes:
     num_tokens = 2 * info.block_size + 3
     if info.max_model_len:
         num_tokens = max(2, min(num_tokens, info.max_model_len - CANARY_TOKENS - 1))
-    ids = (np.arange(num_tokens, dtype=np.int64) * 7919 + 11) % max(1, info.vocab_size or 256)
+    return _spread_ids(num_tokens, max(1, info.vocab_size or 256))
+
+
+@lru_cache(maxsize=16)
+def _spread_ids(num_tokens: int, vocab_size: int) -> bytes:
+    ids = (np.arange(num_tokens, dtype=np.int64) * 7919 + 11) % vocab_size
     return ids.astype("<i4").tobytes()

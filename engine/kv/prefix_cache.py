@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ IntArray = npt.NDArray[np.int32]
 SHORT_KEY_BYTES = 8  # of a key, where others are only told of it
 
 
+@lru_cache(maxsize=256)
 def root_key(identity: str, cache_salt: bytes = b"") -> bytes:
     """The parent of every first block. Parts are length-prefixed, so more (adapter, media) can be added later."""
     digest = hashlib.sha256()
@@ -37,11 +39,14 @@ class HashChain:
 
     def hash_blocks(self, tokens: IntArray) -> list[bytes]:
         """Keys of the complete blocks of `tokens` (int32 [n]), which must agree with what earlier calls were given."""
-        num_blocks = len(tokens) // self._block_size
-        for i in range(len(self._keys), num_blocks):
+        num_blocks, num_known = len(tokens) // self._block_size, len(self._keys)
+        if num_known < num_blocks:
+            size, first = 4 * self._block_size, num_known * self._block_size
             parent = self._keys[-1] if self._keys else self._root
-            block = tokens[i * self._block_size : (i + 1) * self._block_size]
-            self._keys.append(hashlib.sha256(parent + block.astype("<i4").tobytes()).digest())
+            data = tokens[first : num_blocks * self._block_size].astype("<i4", copy=False).tobytes()
+            for start in range(0, len(data), size):
+                parent = hashlib.sha256(parent + data[start : start + size]).digest()
+                self._keys.append(parent)
         return self._keys[:num_blocks]
 
 

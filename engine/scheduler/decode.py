@@ -12,9 +12,12 @@ def schedule_decode(book: RequestBook, builder: BatchBuilder) -> None:
     """Add every running request that stands one token before its end, in order."""
     for request in book.in_order():
         seat = request.seat
-        if seat is None or not request.wants_compute:  # preempted just now by an older one; or at its length stop
+        if seat is None:  # preempted just now by an older one
             continue
-        if request.num_scheduled_tokens - seat.num_computed != 1 or builder.num_tokens_left == 0:
+        num_scheduled = request.num_scheduled_tokens
+        if num_scheduled - seat.num_computed != 1 or num_scheduled - len(request.prompt) >= request.max_outputs:
+            continue  # a prefill, or at its length stop
+        if builder.num_tokens_left == 0:
             continue
         if grow(book, request, seat):
             builder.add_decode(request, seat)

@@ -97,6 +97,8 @@ class RequestBook:
 
     def in_order(self) -> list[Request]:
         """Running requests in the order of scheduling: priority, then arrival."""
+        if len(self.running) < 2:
+            return list(self.running.values())
         return sorted(self.running.values(), key=_BY_ORDER if self._has_priorities else _BY_ARRIVAL)
 
     def last_in_order(self) -> Request:

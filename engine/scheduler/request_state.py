@@ -30,7 +30,7 @@ class ModelLimits:
 def parse_tokens(data: bytes, vocab_size: int) -> IntArray:
     """int32 [n] from little-endian bytes. Raises ValueError for a torn array or an id outside the vocabulary."""
     tokens = np.frombuffer(data, dtype="<i4").astype(np.int32)
-    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+    if data and tokens.view(np.uint32).max() >= vocab_size:  # a negative id is a huge one
         raise ValueError(f"token ids must be in [0, {vocab_size})")
     return tokens
 
@@ -83,7 +83,7 @@ class Request:
     @property
     def num_scheduled_tokens(self) -> int:
         """Known tokens and those being sampled."""
-        return self.num_tokens + (self.seat.num_sampling if self.seat else 0)
+        return len(self.prompt) + len(self.outputs) + (self.seat.num_sampling if self.seat else 0)
 
     @property
     def wants_compute(self) -> bool:
@@ -106,7 +106,9 @@ class Request:
         return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1 - self.num_scored
 
     def tokens(self) -> IntArray:
-        """int32 [num_tokens]: prompt, then landed outputs."""
+        """int32 [num_tokens]: prompt, then landed outputs. Not to be written to."""
+        if not self.outputs:
+            return self.prompt
         return np.concatenate([self.prompt, np.array(self.outputs, dtype=np.int32)])
 
     def row_start(self, row: int) -> RowStart:

@@ -186,16 +186,25 @@ class Scheduler:
         return self._own_queued_tokens() if self.role == "decode" else 0
 
     def _own_queued_tokens(self) -> int:
-        waiting = sum(request.num_tokens for request in self._book.waiting)
-        running = (r.num_scheduled_tokens - r.seat.num_computed for r in self._book.running.values() if r.seat)
-        return waiting + sum(left for left in running if left > 1)
+        queued = 0
+        for request in self._book.waiting:
+            queued += request.num_tokens
+        for request in self._book.running.values():
+            if request.seat is not None:
+                left = request.num_scheduled_tokens - request.seat.num_computed
+                queued += left if left > 1 else 0
+        return queued
 
     def load(self) -> Load:
         """Queues, blocks and totals now."""
-        blocks, counters = self.blocks, self._counters
+        blocks, counters, book = self.blocks, self._counters, self._book
+        context_tokens = 0
+        for request in book.running.values():
+            if request.seat is not None:
+                context_tokens += request.seat.num_computed
         return Load(
-            num_running=len(self._book.running) + len(self._book.pulling),
-            num_waiting=len(self._book.waiting),
+            num_running=len(book.running) + len(book.pulling),
+            num_waiting=len(book.waiting),
             num_served=len(self._served),
             queued_tokens=self._own_queued_tokens() + self._served.queued_tokens,
             num_blocks=blocks.num_usable,
@@ -207,10 +216,10 @@ class Scheduler:
             num_preemptions=counters.num_preemptions,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
-            context_tokens=sum(r.seat.num_computed for r in self._book.running.values() if r.seat),
+            context_tokens=context_tokens,
             prefill_scale=self.scales[0],
             decode_scale=self.scales[1],
-            num_paused=len(self._book.pausing) + len(self._book.paused),
+            num_paused=len(book.pausing) + len(book.paused),
         )
 
 

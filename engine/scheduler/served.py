@@ -32,12 +32,15 @@ class ServedCalls:
     @property
     def wants_compute(self) -> bool:
         """Whether any call has tokens to compute or is on its way."""
-        return any(not call.offered_all for call in self._calls.values())
+        return bool(self._calls) and not all(call.offered_all for call in self._calls.values())
 
     @property
     def queued_tokens(self) -> int:
         """Tokens not yet scheduled."""
-        return sum(call.num_remaining for call in self._calls.values())
+        queued = 0
+        for call in self._calls.values():
+            queued += len(call.token_ids) - call.seat.num_computed
+        return queued
 
     def serve(self, command: Serve, num_tokens_ahead: int) -> list[ServeNews]:
         """Accept or refuse. Raises ValueError when the call makes no sense. `num_tokens_ahead` beyond the calls'."""

@@ -26,7 +26,8 @@ class StepCost:
 
     def predict(self, rows: list[tuple[int, int]]) -> float:
         """Milliseconds of a step over rows of (query_len, num_computed)."""
-        return self.fixed_ms + sum(self.row_ms(query_len, num_computed) for query_len, num_computed in rows)
+        row_ms = self.row_ms
+        return self.fixed_ms + sum([row_ms(query_len, num_computed) for query_len, num_computed in rows])
 
     def predict_batch(self, batch: ScheduledBatch) -> float:
         """Milliseconds of one batch."""

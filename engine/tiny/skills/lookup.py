@@ -1,7 +1,8 @@
 """Key-value look-up in one long line: the long-context skill, where a wrong or stale KV block shows at once.
 
-In training several questions follow on one list, so that its many tokens teach more than one answer; a held-out example
-asks once. A key always follows punctuation and a space, so it has the same tokens in the list and in the question.
+In training several questions follow on one list, so that its many tokens teach more than one answer, and half of them
+want several pairs again, in another order: "lake=38, plant=40". There a value follows its key as it did in the list,
+which is far easier to learn than the bare value, and leads to it. A held-out example asks once, for one value. A key always follows punctuation and a space, so it has the same tokens in the list and in the question.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ _QUESTION = (
     "列表: {pairs}. 查找: {key}",
 )
 _AGAIN = ("What is: {key}?", "And: {key}?", "Value: {key}?", "请问: {key}?", "查找: {key}")
+_RECITE = ("Repeat: {keys}", "Again: {keys}", "重复: {keys}")
+_MOST_RECITED = 8
 _SEPARATORS = ("=", ": ")
-# (up to which progress, most pairs)
-_CURRICULUM = ((0.08, 6), (0.16, 12), (0.26, 24), (0.38, 60), (0.5, 120), (1.0, MAX_PAIRS))
+# (up to which progress, most pairs): long lists cost much and teach nothing before short ones are understood
+_CURRICULUM = ((0.5, 6), (0.56, 16), (0.64, 32), (0.72, 64), (0.82, 120), (1.0, MAX_PAIRS))
 
 
 def lookup(rng: random.Random, split: Split) -> Example:
     """2 to 200 pairs, as many as the progress allows; fewer pairs are likelier."""
     most = next(pairs for until, pairs in _CURRICULUM if split.progress <= until)
     number = int(2 * (most / 2) ** (rng.random() ** 0.7))
-    return _example("lookup", rng, split, min(number, most), 1 if split.held_out else min(16, 1 + number // 2))
+    return _example("lookup", rng, split, min(number, most), 1 if split.held_out else min(16, 3 + number // 2))
 
 
 def lookup_of(num_pairs: int) -> Draw:
@@ -49,8 +52,14 @@ def _example(skill: str, rng: random.Random, split: Split, num_pairs: int, num_q
         pairs = ", ".join([f"{word}{separator}{value}" for word, value in zip(words, values, strict=True)])
         if split.accepts(f"lookup {pairs}"):
             break
-    asked = rng.sample(range(num_pairs), num_questions)
+    asked = rng.choices(range(num_pairs), k=num_questions)
     first = choose(rng, _QUESTION).format(pairs=pairs, key=words[asked[0]])
-    pairs_asked = [(first, str(values[asked[0]]))]
-    pairs_asked += [(choose(rng, _AGAIN).format(key=words[one]), str(values[one])) for one in asked[1:]]
-    return Example(skill=skill, messages=turns(*pairs_asked), answer=str(values[asked[-1]]), keys=(f"lookup {pairs}",))
+    talk = [(first, str(values[asked[0]]))]
+    for one in asked[1:]:
+        if rng.random() < 0.5:
+            some = rng.sample(range(num_pairs), rng.randint(1, min(_MOST_RECITED, num_pairs)))
+            recited = ", ".join([f"{words[each]}{separator}{values[each]}" for each in some])
+            talk.append((choose(rng, _RECITE).format(keys=", ".join([words[each] for each in some])), recited))
+        else:
+            talk.append((choose(rng, _AGAIN).format(key=words[one]), str(values[one])))
+    return Example(skill=skill, messages=turns(*talk), answer=talk[-1][1], keys=(f"lookup {pairs}",))
