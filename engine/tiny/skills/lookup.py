@@ -2,7 +2,8 @@
 
 In training several questions follow on one list, so that its many tokens teach more than one answer, and half of them
 want several pairs again, in another order: "lake=38, plant=40". There a value follows its key as it did in the list,
-which is far easier to learn than the bare value, and leads to it. A held-out example asks once, for one value. A key always follows punctuation and a space, so it has the same tokens in the list and in the question.
+which is far easier to learn than the bare value, and leads to it. A held-out example
+asks once, for one value. A key always follows punctuation and a space, so it has the same tokens in list and question.
 """
 
 from __future__ import annotations
