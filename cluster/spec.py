@@ -58,6 +58,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     default_timeout_s: float = 600.0
     stream_buffer_bytes: int = 256 << 10
     require_prefill: bool = False
+    traffic_window_s: float = 20.0
 
 
 class RolesSpec(msgspec.Struct, frozen=True, kw_only=True):

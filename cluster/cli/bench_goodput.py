@@ -19,7 +19,7 @@ from cluster.cli.bench_output import bench_console, failed, write_json
 
 _ROWS = {
     "static": "best static split, by requests/s",
-    "static_even": "best static split, by phases",
+    "static_tokens": "best static split, by tokens/s",
     "colocated": "colocated, chunked prefill",
     "dynamic": "roles that change",
 }
@@ -80,7 +80,7 @@ def _roles_of_processes(options: ProcessOptions, json: Path | None) -> None:
     write_json(json, figures)
     title = f"neap bench roles --processes: {options.workers} workers, {options.ttft_ms:g} ms to the first token and "
     table = Table(title=title + f"{options.tpot_ms:g} ms per token", title_justify="left")
-    keys = ("goodput_per_s", "requests_per_s", "phases_share", "failures", "ttft_p90_ms", "tpot_p90_ms")
+    keys = ("goodput_per_s", "requests_per_s", "goodput_tokens_per_s", "failures", "ttft_p90_ms", "tpot_p90_ms")
     table.add_column("")
     for key in (*keys, *figures["rates"], "changes"):
         table.add_column(key.replace("_", " "), justify="right")
@@ -90,9 +90,13 @@ def _roles_of_processes(options: ProcessOptions, json: Path | None) -> None:
     console = bench_console()
     console.print(table)
     console.print(
-        f"Goodput of roles that change over the best static split: {figures['over_best_static']}, over colocation: "
-        f"{figures['over_colocated']}."
+        "Goodput of roles that change, by requests and by tokens, over the best static split: "
+        f"{_both(figures['over_best_static'])}; over colocation: {_both(figures['over_colocated'])}."
     )
+
+
+def _both(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{ratio:g}" for ratio in ratios.values())
 
 
 def _requests(path: Path) -> Requests:
@@ -112,21 +116,22 @@ def _main_table(figures: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     phases = list(figures["ideal"])
-    for name in ("goodput /s", "of /s", "mean share of phases", *(f"{phase}, share" for phase in phases)):
+    for name in ("goodput /s", "of /s", "tokens k/s", "of k/s", *(f"{phase}, share" for phase in phases)):
         table.add_column(name, justify="right")
     notes = {
         "static": f" ({figures['best_split']} prefill)",
-        "static_even": f" ({figures['even_split']} prefill)",
+        "static_tokens": f" ({figures['tokens_split']} prefill)",
         "colocated": f" ({figures['chunk_ms']:g} ms steps)",
     }
     for key, words in _ROWS.items():
         row = figures[key]
-        shares = (_three(row["shares"][phase], percent=True) for phase in phases)
+        shares = (_three(row["shares"][phase], factor=100.0) + " %" for phase in phases)
         table.add_row(
             words + notes.get(key, ""),
             _three(row["goodput_per_s"]),
             f"{row['requests_per_s']['median']:.1f}",
-            _three(row["phases_share"], percent=True),
+            _three(row["goodput_tokens_per_s"], factor=1e-3),
+            f"{row['tokens_per_s']['median'] / 1000:.1f}",
             *shares,
         )
     return table
@@ -151,7 +156,5 @@ def _variant_table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _three(values: dict[str, float], *, percent: bool = False) -> str:
-    if percent:
-        return " / ".join(f"{values[key] * 100:.1f}" for key in ("min", "median", "max")) + " %"
-    return " / ".join(f"{values[key]:.1f}" for key in ("min", "median", "max"))
+def _three(values: dict[str, float], *, factor: float = 1.0) -> str:
+    return " / ".join(f"{values[key] * factor:.1f}" for key in ("min", "median", "max"))

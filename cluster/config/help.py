@@ -27,6 +27,7 @@ HELP = {
     "router.default_timeout_s": "Deadline of a request that names none, in seconds.",
     "router.stream_buffer_bytes": "What a client that doesn't read may leave unread before it is dropped.",
     "router.require_prefill": "Serve only while there is a prefill worker, and let it compute every prompt.",
+    "router.traffic_window_s": "Over how many seconds arrivals and latencies are summed up for the planner.",
     "roles.auto": "Let the planner change workers between prefill and decode as the traffic asks for it.",
     "roles.ttft_ms": "Target for the time to the first token of nine requests in ten, in ms.",
     "roles.tpot_ms": "Target for the time per token after it, in ms.",

@@ -58,7 +58,7 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
 _SIZES = {"kv_cache_bytes", "max_body_bytes", "stream_buffer_bytes"}
 _TOKEN_COUNTS = {"max_model_len", "max_batched_tokens"}
 _AT_LEAST_ONE = {"max_queue", "max_running", "num_blocks", "vocab_size", "max_switches"}
-_MORE_THAN_NOTHING = {"ttft_ms", "tpot_ms", "interval_s", "horizon_s", "switch_timeout_s"}
+_MORE_THAN_NOTHING = {"ttft_ms", "tpot_ms", "interval_s", "horizon_s", "switch_timeout_s", "traffic_window_s"}
 _AT_LEAST_NOTHING = {"act_at", "hysteresis", "min_role_s"}
 
 
@@ -180,7 +180,7 @@ class AdminConfig(_Section):
 class ClusterConfig(_Section):
     """The cluster file."""
 
-    model: str = Field(default="", description="Checkpoint folder or Hugging Face id. Default: a small random one.")
+    model: str = Field(default="", description="Checkpoint folder or Hugging Face id. Default: the embedded one.")
     revision: str = Field(default="", description="Branch, tag or commit of a Hugging Face model. Default: main.")
     served_model_name: str = Field(default="", description="Name clients use. Default: the id or the folder's name.")
     backend: Literal["ray", "process"] = Field(

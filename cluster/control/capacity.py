@@ -5,7 +5,8 @@ observed traffic:
 
     prefill   1000 / (ms of its prompt), nothing where that alone is over the TTFT target
     decode    rows / (tokens of its answer x ms of a step), at the most rows whose step is within the TPOT target
-              and that fit the batch and the KV memory
+              and that fit the batch and the KV memory; these two hold a place for a request already while its prompt
+              is computed elsewhere, so no more than places / (that time + the answer's)
     local     prefills by a decode worker that may not lose its TPOT over them: a prompt of p ms, spread over an answer
               of O tokens, adds n p / O to each token of n rows. With steps of a + b n the rows that keep the target T
               are then (T - a) / (b + p / O), which is as if the prompt took p T / (T - a). Nothing where a reaches T.
@@ -35,6 +36,7 @@ ATTAINABLE = (
     1.25  # a target below this many times the fastest worker's own time is taken for that: nobody could meet it
 )
 LOCAL_SHARE = 0.5
+HELD_PROMPTS = 2.0  # a prompt waits at its source about as long as it computes, in times of a typical one
 _FAR = 1e9  # a table's last point, so that its last slope goes on
 _NINE_OF_TEN = math.log(10.0)  # the ninth decile of an exponential wait over its mean
 _LEAST_SHARE, _MOST_SHARE = 0.2, 0.95
@@ -88,8 +90,7 @@ class Capacity:
     @property
     def typical_prefill_ms(self) -> float:
         """The mean prompt over all workers, in whatever role."""
-        rate = float(self.prefill.mean())
-        return 1000.0 / rate if rate > 0.0 else float(self.prefill_ms.min())
+        return _typical_ms(self.prefill, self.prefill_ms)
 
     def usable_shares(self, most: int) -> Array:
         """Share of the time that 0, 1, ... `most` prefill workers may be busy. Grows with their number."""
@@ -122,16 +123,25 @@ def capacity_of(workers: tuple[WorkerSeen, ...], work: Work, *, ttft_ms: float, 
     bound = rows < decode.most_rows
     stretch = np.where(bound, tpot_ms / np.maximum(tpot_ms - fixed_ms, 1e-9), 1.0)
     able = (rows >= 1.0) & ~(bound & (fixed_ms >= tpot_ms))
+    prefill = np.where(one_ms <= ttft_ms, 1000.0 / np.maximum(one_ms, 1e-6), 0.0)
+    answer_ms = work.output_tokens * step_ms
+    held_ms = HELD_PROMPTS * _typical_ms(prefill, one_ms) + answer_ms
+    ended = 1000.0 * np.minimum(rows / answer_ms, decode.most_rows / held_ms)
     return Capacity(
         prefill_ms=one_ms,
         ms_per_token=one_ms / work.new_tokens,
-        prefill=np.where(one_ms <= ttft_ms, 1000.0 / np.maximum(one_ms, 1e-6), 0.0),
-        decode=np.where(rows >= 1.0, 1000.0 * rows / (work.output_tokens * step_ms), 0.0),
+        prefill=prefill,
+        decode=np.where(rows >= 1.0, ended, 0.0),
         local=np.where(able, LOCAL_SHARE * 1000.0 / np.maximum(one_ms * stretch, 1e-6), 0.0),
         rows=rows,
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
     )
+
+
+def _typical_ms(prefill_per_s: Array, prefill_ms: Array) -> float:
+    rate = float(prefill_per_s.mean())
+    return 1000.0 / rate if rate > 0.0 else float(prefill_ms.min())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from cluster.router.openai.sampling import SamplingDefaults, load_defaults
 from cluster.router.sse import PING_S
 from cluster.router.workers import Peer, WorkerLinks
 from cluster.spec import RouterSpec
+from cluster.traffic import TrafficWindow
 from engine.text.tokenizer import Tokenizer
 
 TEXT_THREADS = 2
@@ -85,6 +86,7 @@ class RouterService:
             metrics=metrics,
             clock=clock,
             max_blocked_bytes=spec.stream_buffer_bytes // 2,  # the kernel and the server's own buffer hold the rest
+            traffic=TrafficWindow(spec.traffic_window_s),
         )
         self.bodies = BodyBudget(MAX_BODIES * spec.max_body_bytes)
         self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")

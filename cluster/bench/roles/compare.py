@@ -5,7 +5,7 @@
     3. variants  loads that don't suit changing roles, on fewer workers: where it doesn't pay
 
 A static split may be best in requests per second by giving up the phase that has few of them. So two best ones are
-kept: by requests per second, and by the mean share over the phases, which weigh alike as each loads the workers alike.
+kept: by requests per second, and by the tokens (of prompts and answers) of the requests that kept both targets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import product, repeat
 from statistics import median
 from typing import Any, Literal
 
@@ -87,15 +87,17 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def goodput(setting: Setting, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What kept both targets: requests per second of the whole load, and shares by phase."""
+    """What kept both targets: requests and their tokens per second of the whole load, and shares by phase."""
     names = [phase.trace for phase in setting.phases]
     num, good = [0] * len(names), [0] * len(names)
+    tokens = good_tokens = 0
     ttft: list[list[float]] = [[] for _ in names]
     tpot: list[list[float]] = [[] for _ in names]
     refused = 0
     for job in jobs:
         phase = int(job.at / setting.phase_s) % len(names)
         num[phase] += 1
+        tokens += job.prompt + job.outputs
         refused += job.first_at < 0.0
         if job.end_at < 0.0:
             continue
@@ -103,12 +105,16 @@ def goodput(setting: Setting, jobs: Sequence[Job]) -> dict[str, Any]:
         each_ms = (job.end_at - job.first_at) * 1000 / (job.outputs - 1) if job.outputs > 1 else 0.0
         ttft[phase].append(first_ms)
         tpot[phase].append(each_ms)
-        good[phase] += first_ms <= setting.ttft_ms and each_ms <= setting.tpot_ms
+        if first_ms <= setting.ttft_ms and each_ms <= setting.tpot_ms:
+            good[phase] += 1
+            good_tokens += job.prompt + job.outputs
     shares = [g / max(1, n) for g, n in zip(good, num, strict=True)]
     return {
         "requests": len(jobs),
         "requests_per_s": round(len(jobs) / setting.seconds, 3),
         "goodput_per_s": round(sum(good) / setting.seconds, 3),
+        "tokens_per_s": round(tokens / setting.seconds, 1),
+        "goodput_tokens_per_s": round(good_tokens / setting.seconds, 1),
         "share": round(sum(good) / max(1, len(jobs)), 4),
         "phases_share": round(sum(shares) / len(shares), 4),
         "never_served": refused,
@@ -146,14 +152,15 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
         once = replace(base, setting=replace(setting, rounds=1, phase_s=min(SWEEP_PHASE_S, setting.phase_s)))
         swept = list(pool.map(run_case, [*_splits(once), *_chunks(once)]))
         static = [one for one in swept if one["mode"] == "static"]
-        chunk_ms = max((one for one in swept if one["mode"] == "colocated"), key=lambda one: one["phases_share"])
+        chunked = (one for one in swept if one["mode"] == "colocated")
+        chunk_ms = max(chunked, key=lambda one: one["goodput_tokens_per_s"])
         best = max(static, key=lambda one: one["goodput_per_s"])["split"]
-        even = max(static, key=lambda one: one["phases_share"])["split"]
+        by_tokens = max(static, key=lambda one: one["goodput_tokens_per_s"])["split"]
         rows = {
             "static": replace(base, split=best),
-            "static_even": replace(base, split=even),
+            "static_tokens": replace(base, split=by_tokens),
             "colocated": replace(base, mode="colocated", chunk_ms=chunk_ms["chunk_ms"]),
-            "dynamic": replace(base, mode="dynamic", split=even),
+            "dynamic": replace(base, mode="dynamic", split=by_tokens),
         }
         runs = {name: list(pool.map(run_case, _seeded(case, options.seeds))) for name, case in rows.items()}
         variants = _variants(setting, options, pool.map) if options.variants and not options.traces else {}
@@ -166,7 +173,7 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
         "targets": {"ttft_ms": setting.ttft_ms, "tpot_ms": setting.tpot_ms},
         "ideal": {phase.trace: _ideal(setting, number) for number, phase in enumerate(setting.phases)},
         "best_split": best,
-        "even_split": even,
+        "tokens_split": by_tokens,
         "chunk_ms": chunk_ms["chunk_ms"],
         **{name: _summed(some) for name, some in runs.items()},
         "ratios": _ratios(runs),
@@ -215,6 +222,8 @@ def _summed(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "goodput_per_s": three(one["goodput_per_s"] for one in runs),
         "requests_per_s": three(one["requests_per_s"] for one in runs),
+        "goodput_tokens_per_s": three(one["goodput_tokens_per_s"] for one in runs),
+        "tokens_per_s": three(one["tokens_per_s"] for one in runs),
         "phases_share": three(one["phases_share"] for one in runs),
         "shares": {name: three(one["phases"][name]["share"] for one in runs) for name in runs[0]["phases"]},
         "never_served": three(one["never_served"] for one in runs),
@@ -223,9 +232,8 @@ def _summed(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Of the dynamic runs to the others, seed by seed: medians."""
-    pairs = (("static", "goodput_per_s"), ("static_even", "phases_share"), ("colocated", "goodput_per_s"))
     found: dict[str, Any] = {}
-    for name, key in (*pairs, ("colocated", "phases_share"), ("static_even", "goodput_per_s")):
+    for name, key in product(("static", "static_tokens", "colocated"), ("goodput_per_s", "goodput_tokens_per_s")):
         ratios = [d[key] / max(1e-9, s[key]) for d, s in zip(runs["dynamic"], runs[name], strict=True)]
         found[f"{key}_over_{name}"] = {
             "min": round(min(ratios), 3),

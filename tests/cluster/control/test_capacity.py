@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.control.capacity import ATTAINABLE, Capacity, Work, capacity_of
+from cluster.control.capacity import ATTAINABLE, HELD_PROMPTS, Capacity, Work, capacity_of
 from cluster.control.observation import WorkerSeen
 from engine.messages import Load
 from engine.scheduler.profile import Profile, Table
@@ -63,7 +63,9 @@ def test_the_rows_of_a_decode_worker_are_the_most_whose_step_is_within_the_targe
     context = WORK.prompt_tokens + WORK.output_tokens / 2
     for one, per_s in zip(some, found.decode, strict=True):
         fitting = [n for n in range(1, 101) if one.decode_step_ms(n, n * context) <= found.tpot_ms + 1e-6]
-        rates = [1000 * n / (WORK.output_tokens * one.decode_step_ms(n, n * context)) for n in fitting[-2:]]
+        answers = [(n, WORK.output_tokens * one.decode_step_ms(n, n * context)) for n in fitting[-2:]]
+        held_ms = HELD_PROMPTS * found.typical_prefill_ms
+        rates = [1000 * min(n / answer_ms, 100 / (held_ms + answer_ms)) for n, answer_ms in answers]
         assert per_s == pytest.approx(rates[-1] if rates else 0.0, rel=1e-3) or any(
             per_s == pytest.approx(rate) for rate in rates
         )
@@ -82,7 +84,16 @@ def test_the_batch_and_the_kv_memory_bound_the_rows() -> None:
     roomy = worker("a-0", "decode", load=Load(num_blocks=100_000))
     tight = worker("b-0", "decode", load=Load(num_blocks=660))  # ten contexts of 1050 tokens
     found = capacity(roomy, tight)
-    assert found.decode == pytest.approx([100 * 10 / 30.0, 10 * 10 / 12.0], rel=1e-2)
+    assert list(found.rows) == [100, 10]
+    held_ms = HELD_PROMPTS * found.typical_prefill_ms  # a place is taken while the prompt is computed elsewhere
+    expected = [1000 * 100 / (held_ms + 100 * 30.0), 1000 * 10 / (held_ms + 100 * 12.0)]
+    assert found.decode == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_longer_prompts_take_elsewhere_the_less_a_small_batch_decodes() -> None:
+    decode, fast, slow = (worker(name, "decode", profile=profile(prefill=prefill)) for name, prefill in
+                          (("d-0", 1), ("p-0", 1), ("p-1", 8)))  # fmt: skip
+    assert capacity(decode, slow).decode[0] < capacity(decode, fast).decode[0]
 
 
 def test_more_prefill_workers_may_be_busier() -> None:
