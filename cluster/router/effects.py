@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from cluster.types import Path, PromptScores, RouterMessage, Stage, Tokens
 from engine.request import SamplingParams
 
@@ -34,31 +36,27 @@ class Submit:
     priority: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToWorker:
+class ToWorker(msgspec.Struct, frozen=True, kw_only=True):
     """Send a message down the link of a worker."""
 
     worker_id: str
     message: RouterMessage
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True, kw_only=True):
     """Accepted tokens of one choice, each position exactly once and in order."""
 
     tokens: Tokens
     path: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeliverScores:
+class DeliverScores(msgspec.Struct, frozen=True, kw_only=True):
     """Logprobs of the prompt's tokens, each position exactly once and in order, before any Deliver."""
 
     scores: PromptScores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """News for people and for the SSE comment line."""
 
     request_id: str
@@ -66,8 +64,7 @@ class Progress:
     worker_id: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """The request is over: every choice finished (code None), or it failed with a code of the catalogue. Sent once."""
 
     request_id: str
@@ -75,8 +72,7 @@ class Ended:
     message: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DropLink:
+class DropLink(msgspec.Struct, frozen=True, kw_only=True):
     """This worker is not to be trusted any more (silent or hung): break its link and connect anew."""
 
     worker_id: str

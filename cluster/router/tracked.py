@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from cluster.router.decision import Decision
@@ -19,8 +20,7 @@ MAX_HISTORY = 16
 Verdict = Literal["accept", "duplicate", "gap"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class HistoryItem:
+class HistoryItem(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a request, for `explain`. `at` is monotonic seconds."""
 
     at: float
@@ -43,6 +43,7 @@ class ChoiceState:
 class Tracked:
     """One live request."""
 
+    request_id: str  # the server's id
     submit: Submit
     choices: dict[int, ChoiceState]
     submitted_at: float
@@ -59,11 +60,6 @@ class Tracked:
     path: Path | None = None
     num_scores: int = 0  # prompt tokens after the first whose logprobs were accepted
     history: deque[HistoryItem] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
-
-    @property
-    def request_id(self) -> str:
-        """The server's id."""
-        return self.submit.request_id
 
     @property
     def num_tokens(self) -> int:
@@ -153,4 +149,4 @@ class Tracked:
 def track(submit: Submit, now: float) -> Tracked:
     """A new request; choice i has seed i."""
     choices = {index: ChoiceState(index=index, seed=seed) for index, seed in enumerate(submit.seeds)}
-    return Tracked(submit=submit, choices=choices, submitted_at=now)
+    return Tracked(request_id=submit.request_id, submit=submit, choices=choices, submitted_at=now)

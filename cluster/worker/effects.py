@@ -15,25 +15,25 @@ SwitchRequest) and retire(now).
       on_copied(now, copy_id, ok)
       on_timer(now); next_timer() -> seconds | None     (absolute, of the same clock as `now`)
 Both see every StepEvents and pick what is theirs by request id or call id. Unknown ids are late news: ignored.
+
+Structs, not dataclasses: several are made for every message, and a frozen dataclass takes several times as long.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from cluster.types import Entry, FetchOpen, FetchReply, FetchTaken, Piece, SourceRef, SwitchReply, WorkerInfo
 from engine.messages import Command
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToEngine:
+class ToEngine(msgspec.Struct, frozen=True, kw_only=True):
     """Send a command to the rank."""
 
     command: Command
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendEntry:
+class SendEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Put an entry into a router's outbox (coalesced: one message per engine step)."""
 
     link_id: str
@@ -43,30 +43,26 @@ class SendEntry:
 # ---- receiver side
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenFetch:
+class OpenFetch(msgspec.Struct, frozen=True, kw_only=True):
     """Call KVSource.Fetch at `source`."""
 
     source: SourceRef
     open: FetchOpen
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendTaken:
+class SendTaken(msgspec.Struct, frozen=True, kw_only=True):
     """Tell the source which pieces have landed."""
 
     taken: FetchTaken
 
 
-@dataclass(frozen=True, kw_only=True)
-class CloseFetch:
+class CloseFetch(msgspec.Struct, frozen=True, kw_only=True):
     """End the call from our side, whatever its state. No on_fetch_* for it arrives after this."""
 
     call_id: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartCopy:
+class StartCopy(msgspec.Struct, frozen=True, kw_only=True):
     """Copy a piece into our blocks and verify its checksums; ends in exactly one on_copied(copy_id, ok), however late.
 
     target_block_ids[i] takes the piece's i-th block; -1: skip that block (we hold it already).
@@ -80,16 +76,14 @@ class StartCopy:
 # ---- source side
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendFetch:
+class SendFetch(msgspec.Struct, frozen=True, kw_only=True):
     """Send a reply on a served call (the connector adds payload to pieces)."""
 
     call_id: str
     reply: FetchReply
 
 
-@dataclass(frozen=True, kw_only=True)
-class EndCall:
+class EndCall(msgspec.Struct, frozen=True, kw_only=True):
     """End a served call from our side (after Busy, Moved, Refused, or when the receiver is cut off)."""
 
     call_id: str
@@ -98,15 +92,13 @@ class EndCall:
 # ---- the role
 
 
-@dataclass(frozen=True, kw_only=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True, kw_only=True):
     """Role, state or epoch changed: tell every router and the registry now."""
 
     info: WorkerInfo
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendSwitchReply:
+class SendSwitchReply(msgspec.Struct, frozen=True, kw_only=True):
     """A switch is over, or refused. The caller may be gone."""
 
     call_id: str

@@ -144,7 +144,7 @@ class WorkerMachine:
             if isinstance(effect, SendSwitchReply) and effect.reply.outcome != "refused":
                 moved, finished = (count - before for count, before in zip(self.decode.tally, self._tally, strict=True))
                 reply = replace(effect.reply, moved=moved, finished_in_place=finished)
-                done.append(replace(effect, reply=reply))
+                done.append(SendSwitchReply(call_id=effect.call_id, reply=reply))
                 continue
             done.append(effect)
             if isinstance(effect, Publish):

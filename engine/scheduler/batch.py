@@ -11,9 +11,10 @@ per-row state on the device (token table, block table, penalties); a batch carri
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -22,8 +23,7 @@ from engine.request import SamplingParams
 IntArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowStart:
+class RowStart(msgspec.Struct, frozen=True, kw_only=True):
     """A request takes (or, after preemption, takes again) a row.
 
     `token_ids` int32 [n]: prompt, then the outputs known so far. `seed` keys the noise, `choice` is in its counter.
@@ -38,8 +38,7 @@ class RowStart:
     choice: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewBlocks:
+class NewBlocks(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks appended to a row's block table from index `first` on. `block_ids` int32 [k]."""
 
     row: int
@@ -47,8 +46,7 @@ class NewBlocks:
     block_ids: IntArray
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptScore:
+class PromptScore(msgspec.Struct, frozen=True, kw_only=True):
     """Query tokens of a prefill chunk whose next prompt tokens' logprobs are wanted.
 
     `index` is the row's in the batch; logprobs of prompt tokens [first_position, first_position + count), each from
@@ -61,8 +59,7 @@ class PromptScore:
     num_top: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduledBatch:
+class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
     """One step. Arrays have one entry per scheduled row, decode rows (query_len 1) first.
 
     rows, query_lens, num_computed: int32 [R]; samples: bool [R]. `scores`: prompt logprobs that requests asked for.
@@ -93,8 +90,7 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a step sampled. `token_ids` int32 [R], -1 where nothing was sampled; `logprobs` by index into the batch.
 
     `prompt_logprobs`, by index into the batch too, has one entry for each count of the batch's `scores`.
@@ -105,7 +101,7 @@ class StepResult:
     token_ids: IntArray
     logprobs: dict[int, TokenLogprobs]
     logits: npt.NDArray[np.float32] | None = None
-    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = msgspec.field(default_factory=dict)
 
 
 class StepHandle(Protocol):
