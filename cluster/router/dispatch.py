@@ -47,7 +47,6 @@ from cluster.types import (
     Tokens,
     WorkerInfo,
 )
-from cluster.worker.admission import decode_capacity
 
 NO_WORKER_S = 10.0
 RETRY_S = 0.02  # doubled with each retry
@@ -240,7 +239,7 @@ class Dispatcher:
             for request in line.in_order():
                 if request.retry_at > now:
                     continue  # it waits for its own time and holds nobody up
-                decoders = [worker for worker in usable if _has_room(worker)]
+                decoders = [worker for worker in usable if worker.has_room]
                 if not decoders:
                     return effects
                 allowed = self.recovery.allowed(request, decoders)
@@ -396,10 +395,6 @@ class Dispatcher:
         if len(self._explained) > MAX_EXPLAINED:
             self._explained.popitem(last=False)
         return _down(self.recovery.forget(request_id))
-
-
-def _has_room(worker: Worker) -> bool:
-    return worker.num_assigned < decode_capacity(worker.info)
 
 
 def _source(worker: Worker) -> SourceRef:

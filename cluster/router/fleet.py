@@ -12,6 +12,7 @@ from cluster.router.backlog import Backlog, Work
 from cluster.router.predict import ms_per_prefill_token
 from cluster.router.views import WorkerView
 from cluster.types import Heartbeat, PeerRate, WorkerInfo
+from cluster.worker.admission import decode_capacity
 from engine.messages import Load
 
 HUNG_STEP_S = 10.0
@@ -37,6 +38,10 @@ class Worker:
     context_tokens: int = 0
     others_sequences: int = 0
     others_context: int = 0
+    capacity: int = field(init=False)  # choices that it takes at once
+
+    def __post_init__(self) -> None:
+        self.capacity = decode_capacity(self.info)
 
     @property
     def usable(self) -> bool:
@@ -47,6 +52,11 @@ class Worker:
     def num_assigned(self) -> int:
         """Choices that it decodes, ours and others'."""
         return self.num_sequences + self.others_sequences
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes another choice."""
+        return self.num_sequences + self.others_sequences < self.capacity
 
     def view(self, now: float, *, cached_tokens: int = 0, avoid: frozenset[str] = frozenset()) -> WorkerView:
         """Its load now. The rest is known of one request or one pair only."""
@@ -81,6 +91,7 @@ class Worker:
         """Take a heartbeat of this incarnation. Returns whether the engine has just been found hung."""
         if heartbeat.info.epoch >= self.info.epoch:
             self.info = heartbeat.info
+            self.capacity = decode_capacity(heartbeat.info)
         self.load = load = heartbeat.load
         self.others_sequences = max(0, load.num_running + load.num_waiting - self.num_sequences)
         self.others_context = max(0, load.context_tokens - self.context_tokens)

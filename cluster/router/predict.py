@@ -188,8 +188,8 @@ def ms_per_prefill_token(profile: Profile, scale: float) -> float:
     """The plain rate, for tokens of whose prompts nothing is known."""
     if not profile.known:
         profile = NOMINAL
-    num_tokens = profile.chunk_tokens(profile.max_step_ms)
-    return scale * profile.prefill_step_ms(num_tokens) / num_tokens
+    num_tokens, ms = profile.full_chunk
+    return scale * ms / num_tokens
 
 
 def _profile(view: WorkerView) -> Profile:

@@ -8,6 +8,7 @@ clock-free.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.scheduler.batch import ScheduledBatch
 from engine.scheduler.step_cost import StepCost
@@ -37,6 +38,12 @@ class Profile:
     max_step_ms: float = 500.0
     max_step_tokens: int = 2048
     kv_token_bytes: int = 0
+
+    @cached_property
+    def full_chunk(self) -> tuple[int, float]:
+        """The largest prefill step within the bounds: its tokens, and its ms without context."""
+        num_tokens = self.chunk_tokens(self.max_step_ms)
+        return num_tokens, self.prefill_step_ms(num_tokens)
 
     @property
     def known(self) -> bool:
@@ -69,9 +76,9 @@ class Profile:
         whole_ms = self.prefill_step_ms(num_tokens)
         if num_tokens <= self.max_step_tokens and whole_ms <= self.max_step_ms:
             return ms + whole_ms
-        chunk = self.chunk_tokens(self.max_step_ms)
+        chunk, chunk_ms = self.full_chunk
         num_full, rest = divmod(num_tokens, chunk)
-        return ms + num_full * self.prefill_step_ms(chunk) + self.prefill_step_ms(rest)
+        return ms + num_full * chunk_ms + self.prefill_step_ms(rest)
 
 
 def interpolate(table: Table, x: float) -> float:

@@ -138,11 +138,10 @@ class ServedCall:
     num_offered: int  # blocks before this one are offered, or the peer has them
     started: bool = False
     offered_all: bool = False
+    end: int = field(init=False)  # tokens whose KV the peer gets
 
-    @property
-    def end(self) -> int:
-        """Tokens whose KV the peer gets."""
-        return len(self.token_ids)
+    def __post_init__(self) -> None:
+        self.end = len(self.token_ids)
 
     @property
     def num_remaining(self) -> int:

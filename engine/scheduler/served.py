@@ -39,7 +39,7 @@ class ServedCalls:
         """Tokens not yet scheduled."""
         queued = 0
         for call in self._calls.values():
-            queued += len(call.token_ids) - call.seat.num_computed
+            queued += call.end - call.seat.num_computed
         return queued
 
     def serve(self, command: Serve, num_tokens_ahead: int) -> list[ServeNews]:
