@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+MAX_PAIRS = 200  # of a list to look something up in
 _HELD_OUT_OF = 10  # one question in ten is held out
 
 T = TypeVar("T")
@@ -37,10 +38,10 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which questions may be drawn: the held-out ones or the others. `progress` of the training, in [0, 1]."""
+    """Which questions may be drawn: the held-out ones or the others. `most_pairs`: of a training list."""
 
     held_out: bool
-    progress: float = 1.0
+    most_pairs: int = MAX_PAIRS
 
     def accepts(self, key: str) -> bool:
         """Whether the question of this key belongs to this split."""
@@ -54,7 +55,7 @@ class Split:
         return drawn + 1 if drawn >= held_out else drawn
 
 
-# draws an example of one skill; a skill of several lengths takes them from the split's progress
+# draws an example of one skill; a skill of several lengths asks the split
 Draw = Callable[[random.Random, Split], Example]
 
 

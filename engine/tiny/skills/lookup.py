@@ -13,7 +13,6 @@ import random
 from engine.tiny.skills.example import Draw, Example, Split, choose, turns
 from engine.tiny.skills.words import WORDS
 
-MAX_PAIRS = 200
 _QUESTION = (
     "Data: {pairs}. What is: {key}?",
     "List: {pairs}. Value: {key}?",
@@ -25,15 +24,12 @@ _AGAIN = ("What is: {key}?", "And: {key}?", "Value: {key}?", "请问: {key}?", "
 _RECITE = ("Repeat: {keys}", "Again: {keys}", "重复: {keys}")
 _MOST_RECITED = 8
 _SEPARATORS = ("=", ": ")
-# (up to which progress, most pairs): long lists cost much and teach nothing before short ones are understood
-_CURRICULUM = ((0.5, 6), (0.56, 16), (0.64, 32), (0.72, 64), (0.82, 120), (1.0, MAX_PAIRS))
 
 
 def lookup(rng: random.Random, split: Split) -> Example:
-    """2 to 200 pairs, as many as the progress allows; fewer pairs are likelier."""
-    most = next(pairs for until, pairs in _CURRICULUM if split.progress <= until)
-    number = int(2 * (most / 2) ** (rng.random() ** 0.7))
-    return _example("lookup", rng, split, min(number, most), 1 if split.held_out else min(16, 3 + number // 2))
+    """2 pairs to as many as the split has; fewer are likelier."""
+    number = round(2 * (split.most_pairs / 2) ** (rng.random() ** 0.7))
+    return _example("lookup", rng, split, number, 1 if split.held_out else min(16, 3 + number // 2))
 
 
 def lookup_of(num_pairs: int) -> Draw:

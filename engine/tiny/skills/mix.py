@@ -11,11 +11,11 @@ from __future__ import annotations
 import heapq
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from engine.tiny.skills import arithmetic, facts, json_form, lookup, memory, number_words, order, sequences, talk, tools
-from engine.tiny.skills.example import Draw, Example, Split
+from engine.tiny.skills.example import MAX_PAIRS, Draw, Example, Split
 
 _HELD_OUT_SEED = 1_000_003
 _MOST_REPEATS = 1500  # draws of known questions in a row: a finite skill has no more
@@ -67,17 +67,17 @@ SKILLS: tuple[str, ...] = tuple(_HELD_OUT)  # that can be asked
 
 
 def training_examples(
-    seed: int, progress: Callable[[], float] | None = None, shares: Mapping[str, float] | None = None
+    seed: int, most_pairs: int = MAX_PAIRS, shares: Mapping[str, float] | None = None
 ) -> Iterator[Example]:
-    """Endless, the same for the same seed and progress; no held-out question ever occurs.
+    """Endless, the same for the same arguments; no held-out question ever occurs.
 
-    progress: how much of the training is done, in [0, 1]: look-ups begin with short lists. None: all lengths at once.
+    most_pairs: of a list to look something up in. Long ones cost much and teach nothing while short ones do not work.
     shares: other shares than TRAINING_MIX has, by its names; may change while the examples are drawn, stays above 0.
     """
     rng = random.Random(seed)
+    split = Split(held_out=False, most_pairs=most_pairs)
     behind = [(0.0, name) for name in TRAINING_MIX]  # (tokens so far / share, skill): a heap
     while True:
-        split = Split(held_out=False, progress=1.0 if progress is None else min(1.0, max(0.0, progress())))
         done, name = behind[0]
         part = TRAINING_MIX[name]
         example = part.draw(rng, split)
@@ -98,11 +98,19 @@ def held_out(skill: str, count: int) -> list[Example]:
     """
     if skill not in _HELD_OUT:
         raise ValueError(f"there is no skill {skill!r}; the skills are {', '.join(SKILLS)}")
-    rng = random.Random(f"{_HELD_OUT_SEED} {skill}")
+    return _different(_HELD_OUT[skill], random.Random(f"{_HELD_OUT_SEED} {skill}"), count)
+
+
+def held_out_lookups(num_pairs: int, count: int) -> list[Example]:
+    """`held_out` of look-ups in lists of any length."""
+    return _different(lookup.lookup_of(num_pairs), random.Random(f"{_HELD_OUT_SEED} {num_pairs} pairs"), count)
+
+
+def _different(draw: Draw, rng: random.Random, count: int) -> list[Example]:
     found: dict[str, Example] = {}
     repeats = 0
     while len(found) < count and repeats < _MOST_REPEATS:
-        example = _HELD_OUT[skill](rng, Split(held_out=True))
+        example = draw(rng, Split(held_out=True))
         question = str(example.messages[:-1])
         repeats = repeats + 1 if question in found else 0
         found.setdefault(question, example)

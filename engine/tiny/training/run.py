@@ -1,9 +1,10 @@
 """A training run: life cycle, and what makes it resumable.
 
 1. The tokenizer is trained on examples and kept in the run's folder.
-2. Each step draws examples that depend on (seed, step, progress, shares) alone, so there is no position in a stream.
+2. Each step draws examples that depend on (seed, step, most_pairs, shares) alone, so there is no position in a stream.
 3. Forward and backward per micro-batch, one update, the routers' biases move by the sign of their load's error.
-4. Every `eval_steps` held-out questions are asked, and the skills that lag get larger shares.
+4. Every `eval_steps` held-out questions are asked: skills that lag get larger shares, and lists that are understood
+   become longer.
 5. Every `save_steps` everything is written to state.safetensors, in one rename; `Run.resume` goes on bit-equally.
 """
 
@@ -26,7 +27,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from engine.tiny.skills import CHAT_TEMPLATE, SKILLS, TRAINING_MIX, held_out, segments, training_examples
+from engine.tiny.skills import (
+    CHAT_TEMPLATE,
+    MAX_PAIRS,
+    SKILLS,
+    TRAINING_MIX,
+    held_out,
+    held_out_lookups,
+    segments,
+    training_examples,
+)
 from engine.tiny.training.batches import IGNORED, MicroBatch, Tokens, encode, micro_batches, take
 from engine.tiny.training.export import replace_checkpoint
 from engine.tiny.training.measures import accuracy_by_skill, measure
@@ -38,6 +48,8 @@ from engine.tiny.training.tokenizer import train_tokenizer
 _STATE, _TOKENIZER, _LOG = "state.safetensors", "tokenizer.json", "log.jsonl"
 _VOCAB_PADDED_TO = 16
 _MAX_GRADIENT = 1.0
+FIRST_PAIRS = 6
+_UNDERSTOOD = 0.8  # of the questions
 _LOG_STEPS = 10
 # held-out skill -> the part of the training mix that teaches it, where the names differ
 _TAUGHT_BY = {
@@ -51,11 +63,12 @@ _TAUGHT_BY = {
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run stands. `shares`: of the training mix, by skill."""
+    """Where a run stands. `shares`: of the training mix, by skill. `most_pairs`: of a list to look something up in."""
 
     step: int = 0
     num_tokens: int = 0
     elapsed_s: float = 0.0
+    most_pairs: int = FIRST_PAIRS
     shares: dict[str, float] = field(default_factory=lambda: {name: part.share for name, part in TRAINING_MIX.items()})
 
 
@@ -184,15 +197,27 @@ class Run:
         accuracy = accuracy_by_skill(questions, measured.correct)
         fair = measured.counts.sum(1, keepdim=True) / measured.counts.shape[1]
         loads = measured.counts / fair
+        most_pairs = self.progress.most_pairs
+        right = self._right_in_lists(most_pairs)
         self._log(
             {
                 "accuracy": {skill: round(value, 3) for skill, value in accuracy.items()},
                 "least_load": float(loads.min()),
                 "greatest_load": float(loads.max()),
                 "mtp_agreement": measured.agreement,
+                "most_pairs": most_pairs,
+                "right_in_lists": right,
             }
         )
         self._shift_shares(accuracy)
+        if right >= _UNDERSTOOD:
+            self.progress.most_pairs = min(MAX_PAIRS, 2 * most_pairs)
+
+    def _right_in_lists(self, num_pairs: int) -> float:
+        """Share of questions about that many pairs that are answered."""
+        count = self._settings.eval_questions
+        lists = [encode(example, self._tokenizer) for example in held_out_lookups(num_pairs, count)]
+        return sum(measure(self.model, lists).correct) / max(1, count)
 
     def _shift_shares(self, accuracy: dict[str, float]) -> None:
         """Half a skill's share where every answer was right, one and a half where none was."""
@@ -203,7 +228,7 @@ class Run:
 
     def _step(self, done: float) -> dict[str, float]:
         settings, progress = self._settings, self.progress
-        examples = training_examples(_seed(settings.seed, progress.step), lambda: done, progress.shares)
+        examples = training_examples(_seed(settings.seed, progress.step), progress.most_pairs, progress.shares)
         sequences = take(examples, self._tokenizer, num_tokens=settings.step_tokens, max_length=settings.max_length)
         batches = micro_batches(sequences, settings.micro_tokens)
         size = StepSize.of(batches)

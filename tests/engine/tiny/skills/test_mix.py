@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from engine.tiny.skills import SKILLS, TRAINING_MIX, held_out, training_examples
+from engine.tiny.skills import SKILLS, TRAINING_MIX, held_out, held_out_lookups, training_examples
 from engine.tiny.skills.example import Example, Split, is_held_out
 
 NUM_TRAINED = 40_000
@@ -79,13 +79,15 @@ def test_every_skill_is_asked_by_its_name() -> None:
         held_out("poetry", 1)
 
 
-def test_lists_grow_with_the_progress() -> None:
-    def longest(progress: float) -> int:
-        drawn = itertools.islice(training_examples(0, lambda: progress), 3000)
+def test_lists_are_as_long_as_asked_for() -> None:
+    def longest(most_pairs: int) -> int:
+        drawn = itertools.islice(training_examples(0, most_pairs), 3000)
         return max(example.messages[0]["content"].count(",") + 1 for example in drawn if example.skill == "lookup")
 
-    assert longest(0.0) <= 6
-    assert longest(1.0) > 150
+    assert longest(6) == 6
+    assert longest(200) > 150
+    lists = held_out_lookups(48, 5)
+    assert [example.messages[0]["content"].count(",") + 1 for example in lists] == [48] * 5
 
 
 def test_shares_are_followed_and_can_be_changed() -> None:
