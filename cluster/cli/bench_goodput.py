@@ -36,7 +36,7 @@ def roles(
     trace_b: Annotated[Path | None, typer.Option(help="Replay this trace in the others.")] = None,
     variants: Annotated[bool, typer.Option(help="Also loads that don't suit changing roles.")] = True,
     processes: Annotated[bool, typer.Option(help="Real workers (sleeping fakes) in place of the model.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the load, with --processes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first load.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")] = None,
 ) -> None:
     """Compare static splits, colocation and changing roles on a load that shifts, in a simulator of whole requests.
@@ -50,7 +50,9 @@ def roles(
         raise failed("--trace-a and --trace-b go together")
     try:
         traces = tuple(_requests(path) for path in (trace_a, trace_b) if path is not None)
-        options = CompareOptions(workers=workers, seeds=seeds, load=load, traces=traces, variants=variants)
+        options = CompareOptions(
+            workers=workers, first_seed=seed, seeds=seeds, load=load, traces=traces, variants=variants
+        )
         setting = load_setting()
         if machines:
             setting = on_machines(setting, machines)

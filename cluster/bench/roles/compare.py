@@ -135,6 +135,7 @@ class CompareOptions:
     """What `neap bench roles` was asked. `load` scales the committed rates; `traces` replace the drawn requests."""
 
     workers: int = 64
+    first_seed: int = 0
     seeds: int = 5
     load: float = 1.0
     spec: RolesSpec | None = None
@@ -146,7 +147,12 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
     """All three parts."""
     setting = setting.scaled(options.load)
     base = Case(
-        setting=setting, num_workers=options.workers, seed=0, mode="static", spec=options.spec, traces=options.traces
+        setting=setting,
+        num_workers=options.workers,
+        seed=options.first_seed,
+        mode="static",
+        spec=options.spec,
+        traces=options.traces,
     )
     with ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn")) as pool:
         once = replace(base, setting=replace(setting, rounds=1, phase_s=min(SWEEP_PHASE_S, setting.phase_s)))
@@ -166,6 +172,7 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
         variants = _variants(setting, options, pool.map) if options.variants and not options.traces else {}
     return {
         "workers": options.workers,
+        "first_seed": options.first_seed,
         "load": options.load,
         "rounds": setting.rounds,
         "roles": msgspec.to_builtins(options.spec or RolesSpec()),
@@ -185,7 +192,7 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
 
 
 def _seeded(case: Case, seeds: int) -> list[Case]:
-    return [replace(case, seed=seed) for seed in range(1 if case.traces else seeds)]
+    return [replace(case, seed=case.seed + number) for number in range(1 if case.traces else seeds)]
 
 
 def _splits(case: Case) -> list[Case]:
@@ -275,7 +282,7 @@ def _variants(setting: Setting, options: CompareOptions, run_all: Any) -> dict[s
     loads = {**steady, "phases of 30 s": short, f"answers {LONGER:g} times as long": long}
     found = {}
     for name, one in loads.items():
-        base = Case(setting=one, num_workers=num, seed=0, mode="static", spec=options.spec)
+        base = Case(setting=one, num_workers=num, seed=options.first_seed, mode="static", spec=options.spec)
         cases = [replace(base, split=split) for split in range(1, num)]
         best = max(run_all(run_case, cases), key=lambda figures: figures["phases_share"])
         dynamic = next(iter(run_all(run_case, [replace(base, mode="dynamic", split=best["split"])])))
