@@ -35,7 +35,6 @@ from engine.scheduler.step_cost import StepCost
 WordArray = npt.NDArray[np.uint64]
 _LINK = struct.Struct("<Qii")
 _NOISE = struct.Struct("<QQII")
-_STOP_MODULUS = 1_000_003
 _WORD_MASK = (1 << 64) - 1
 
 
@@ -63,10 +62,6 @@ class FakeModel:
         """The chain value before position 0."""
         return xxhash.xxh3_64_intdigest(self.identity.encode())
 
-    @cached_property
-    def _stop_below(self) -> float:
-        return self.stop_probability * _STOP_MODULUS
-
     def chain(self, previous: int, tokens: Sequence[int], first_position: int) -> list[int]:
         """Chain values of `tokens` from `first_position` on, after the value `previous`."""
         values = []
@@ -81,7 +76,7 @@ class FakeModel:
         noise = (seed, choice) if not params.greedy else (0, 0)
         value = xxhash.xxh3_64_intdigest(_NOISE.pack(kv_digest, noise[0], noise[1], n))
         may_stop = num_outputs >= params.min_tokens
-        if may_stop and value % _STOP_MODULUS < self._stop_below:
+        if may_stop and value % 1_000_003 < self.stop_probability * 1_000_003:
             return self.eos_token_id
         index = (value >> 20) % len(self.vocabulary)
         for _ in range(len(self.vocabulary)):
@@ -269,42 +264,36 @@ class FakeRunner:
                 if num_tops is not None:
                     logprobs[i] = self._logprobs(token_ids[i], num_tops)
         prompt_logprobs = {score.index: self._score(self._rows[shape[score.index][0]], score) for score in batch.scores}
-        return StepResult(
-            step=batch.step,
-            token_ids=np.array(token_ids, dtype=np.int32),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+        sampled = np.array(token_ids, dtype=np.int32)
+        return StepResult(step=batch.step, token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def _value_before(self, row: _Row, position: int) -> int:
         """The chain value of the position before this one, as it lies in the pool."""
-        if position == 0:
-            return self.model.root
-        before = position - 1
-        return int(self._pool[row.table[before // self._block_size], 0, before % self._block_size, 0])
+        block, offset = divmod(position - 1, self._block_size)
+        return int(self._pool[row.table[block], 0, offset, 0]) if position else self.model.root
 
     def _write_token(self, row: _Row, position: int) -> None:
         """What _write_kv does, for one token: every decode row of every step comes here."""
         block_id = row.table[position // self._block_size]
         assert block_id, f"row {row.start.row} writes into the null block"
         value = self.model.chain(self._value_before(row, position), (row.tokens[position],), position)[0]
-        words = (self._odd * np.uint64(value)).reshape(-1, self._head_words)
-        self._pool[block_id, :, position % self._block_size] = words
+        self._pool[block_id, :, position % self._block_size] = (self._odd * np.uint64(value)).reshape(
+            -1, self._head_words
+        )
 
     def _write_kv(self, row: _Row, num_computed: int, query_len: int) -> None:
         """Block by block: plain slices take a fraction of what indexing by arrays of positions would."""
         size, end = self._block_size, num_computed + query_len
-        previous = self._value_before(row, num_computed)
         tokens = row.tokens[num_computed:end]
         assert len(tokens) == query_len, f"row {row.start.row} computes tokens that it does not have"
-        words = spread(self.model.chain(previous, tokens, num_computed), self._token_words)
-        words3 = words.reshape(query_len, -1, self._head_words).swapaxes(0, 1)  # [L * 2 * H, n, D / 8]
+        chain = self.model.chain(self._value_before(row, num_computed), tokens, num_computed)
+        words3 = spread(chain, self._token_words).reshape(query_len, -1, self._head_words)  # [n, L * 2 * H, D / 8]
         at = num_computed
         while at < end:
             block_id, first = row.table[at // size], at % size
             assert block_id, f"row {row.start.row} writes into the null block"
             num = min(size - first, end - at)
-            self._pool[block_id, :, first : first + num] = words3[:, at - num_computed : at - num_computed + num]
+            self._pool[block_id, :, first : first + num] = words3[at - num_computed :][:num].swapaxes(0, 1)
             at += num
 
     def _sample(self, row: _Row, n: int) -> int:

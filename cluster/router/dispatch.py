@@ -80,7 +80,7 @@ class Dispatcher:
         assert submit.request_id not in self._requests, "request ids are made by the server and never reused"
         if now >= submit.deadline:
             return [Ended(request_id=submit.request_id, code="deadline_exceeded")]
-        if self.num_waiting >= self._max_waiting:
+        if len(self._waiting) + len(self._waiting_again) >= self._max_waiting:
             self.counters["overloaded"] += 1
             return [Ended(request_id=submit.request_id, code="overloaded")]
         request = track(submit, now)
@@ -201,22 +201,13 @@ class Dispatcher:
 
     # ---- for people
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that no worker has."""
-        return len(self._waiting) + len(self._waiting_again)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that a worker has."""
-        return len(self._requests) - self.num_waiting
-
     def status(self) -> DispatchStatus:
         """A snapshot."""
+        num_waiting = len(self._waiting) + len(self._waiting_again)
         return DispatchStatus(
             workers=tuple(worker_status(worker) for _, worker in sorted(self.fleet.workers.items())),
-            num_waiting=self.num_waiting,
-            num_running=self.num_running,
+            num_waiting=num_waiting,
+            num_running=len(self._requests) - num_waiting,
             counters=dict(self.counters),
             errors=self.chooser.accuracy.errors(),
             decisions=self.chooser.decisions(),

@@ -286,7 +286,9 @@ class SimCluster:
             if load.num_running or load.num_waiting or load.num_served:
                 found.append(f"{worker_id}: the rank has {load}")
         for router in self.routers:
-            num_waiting, num_running = router.dispatcher.num_waiting, router.dispatcher.num_running
-            if router.process.alive and (num_waiting or num_running):
-                found.append(f"{router.router_id}: {num_waiting} waiting, {num_running} running")
+            if not router.process.alive:
+                continue
+            status = router.dispatcher.status()
+            if status.num_waiting or status.num_running:
+                found.append(f"{router.router_id}: {status.num_waiting} waiting, {status.num_running} running")
         return found
