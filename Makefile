@@ -1,6 +1,7 @@
 # make serve    install into .venv, then start a local cluster (Ray, one prefill worker, one decode worker, the router)
 # make test     install, then run the tests (12 minutes at most); make test-long adds full counts and soaks
-# make check    format, lint, types, layers, sizes; .ci/run calls "make check test"
+# make check    format, lint, types, layers, sizes; .ci/run calls "make check test sim"
+# make sim      300 simulated histories with faults, and whether they showed what they are to show
 # make proto    write the gRPC stubs anew from proto/; make bench runs a load against a cluster of its own
 
 SHELL := /bin/bash
@@ -22,11 +23,12 @@ SERVE_ARGS ?=
 TEST_ARGS ?=
 TEST_LIMIT_S ?= 720
 BENCH_ARGS ?=
+SIM_ARGS ?= --seeds 300
 PROTO_OUT ?= .
 PROTOS := $(patsubst proto/%,cluster/rpc/pb/%,$(wildcard proto/*.proto))
 TYPED := engine cluster neap.py
 
-.PHONY: venv serve test test-long check proto bench
+.PHONY: venv serve test test-long check sim proto bench
 
 venv: $(STAMP)
 
@@ -54,6 +56,9 @@ check: $(STAMP)
 	$(BIN)/mypy $(TYPED)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_repo.py
+
+sim: $(STAMP)
+	$(BIN)/neap sim $(SIM_ARGS)
 
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -Icluster/rpc/pb=proto --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) \

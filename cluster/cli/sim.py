@@ -14,11 +14,14 @@ from rich.table import Table
 
 from cluster.sim.chaos import KINDS, makes_sense
 from cluster.sim.corruption import KINDS as CORRUPTIONS
+from cluster.sim.coverage import gaps
 from cluster.sim.many import Summary, run_many
 from cluster.sim.scenario import run_seed
 from cluster.sim.stages import STAGES
 
 _WIDTH = 170  # where there is no terminal
+_TTY_EVERY_S = 0.2
+_LOG_EVERY_S = 30.0
 _SHORT = {
     "waiting for source": "waits source",
     "waiting for space": "waits space",
@@ -36,7 +39,8 @@ def sim(
     """Simulate the cluster under faults: at least 4 workers, 50 requests, 5 faults and 2 switches per seed.
 
     Real dispatcher, role machine, scheduler, block manager and transfers around the exact fake, on a virtual clock.
-    Prints how often which fault struck at which stage, and every violation with its seed. Exit code 1 if there is one.
+    Prints how often which fault struck at which stage, and every violation with its seed. Exit code 1 if there is one,
+    or if the run was long enough (300 seeds) and something never happened in it that it is to show.
     """
     if seed is not None:
         raise typer.Exit(_one(seed, trace))
@@ -44,11 +48,15 @@ def sim(
         typer.echo("neap: --trace wants one --seed", err=True)
         raise typer.Exit(2)
     console = Console(width=None if os.isatty(1) else _WIDTH)
-    summary = run_many(first, seeds, jobs=jobs or len(os.sched_getaffinity(0)), on_progress=_progress)
+    progress = _Progress(seeds, every_s=_TTY_EVERY_S if os.isatty(2) else _LOG_EVERY_S)
+    summary = run_many(first, seeds, jobs=jobs or len(os.sched_getaffinity(0)), on_progress=progress)
+    missing = gaps(summary)
     if json is not None:
-        json.write_text(json_module.dumps(summary.as_json(), indent=1) + "\n")
+        json.write_text(json_module.dumps({**summary.as_json(), "gaps": missing}, indent=1) + "\n")
     _print(console, summary)
-    raise typer.Exit(1 if summary.num_bad_seeds else 0)
+    for gap in missing:
+        console.print(f"missing: {gap}", style="red", highlight=False)
+    raise typer.Exit(1 if summary.num_bad_seeds or missing else 0)
 
 
 def _one(seed: int, trace: bool) -> int:
@@ -62,9 +70,28 @@ def _one(seed: int, trace: bool) -> int:
     return 1 if report.violations else 0
 
 
-def _progress(summary: Summary) -> None:
-    if os.isatty(2):
-        typer.echo(f"\r{summary.num_seeds} seeds, {summary.seeds_per_s:.1f}/s", err=True, nl=False)
+class _Progress:
+    """A line on stderr now and then: in a terminal always the same one, in a log one every half minute."""
+
+    def __init__(self, num_seeds: int, *, every_s: float) -> None:
+        self._num_seeds = num_seeds
+        self._every_s = every_s
+        self._next_s = every_s
+
+    def __call__(self, summary: Summary) -> None:
+        done = summary.num_seeds == self._num_seeds
+        if summary.seconds < self._next_s and not (done and self._every_s == _TTY_EVERY_S):
+            return
+        self._next_s = summary.seconds + self._every_s
+        left_s = (self._num_seeds - summary.num_seeds) / summary.seeds_per_s
+        line = (
+            f"{summary.num_seeds} of {self._num_seeds} seeds, {summary.seeds_per_s:.1f}/s, "
+            f"{left_s / 60:.0f} min left; {summary.num_bad_seeds} with violations, "
+            f"{summary.num_found} of {summary.num_injected} corruptions found, "
+            f"{summary.corruption.num_healthy} healthy pieces, {len(summary.empty_cells)} empty cells"
+        )
+        in_place = self._every_s == _TTY_EVERY_S
+        typer.echo(f"\r{line}\x1b[K" if in_place else line, err=True, nl=not in_place or done)
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -81,6 +108,9 @@ def _print(console: Console, summary: Summary) -> None:
         table.add_row(kind, *cells)
     console.print(table)
     injected, found = summary.corruption.injected, summary.corruption.found
+    words = f"{summary.num_found} of {summary.num_injected} corruptions found"
+    if not summary.num_bad_seeds:
+        words += f", {summary.corruption.num_healthy} healthy pieces without a false alarm"
     table = Table(title="KV corruption: found / injected", header_style="bold")
     table.add_column("kind")
     for transport in ("local", "grpc"):
@@ -88,12 +118,7 @@ def _print(console: Console, summary: Summary) -> None:
     for kind in CORRUPTIONS:
         table.add_row(kind, *(f"{found[kind, way]} / {injected[kind, way]}" for way in ("local", "grpc")))
     console.print(table)
-    console.print(
-        f"{sum(found.values())} of {sum(injected.values())} corruptions found, "
-        f"{summary.corruption.num_healthy} healthy pieces without a false alarm"
-        if not summary.num_bad_seeds
-        else f"{sum(found.values())} of {sum(injected.values())} corruptions found"
-    )
+    console.print(words)
     console.print(
         f"requests: {_counts(summary.codes)}; {summary.num_moved} moves; switches: {_counts(summary.switches)}"
     )
@@ -101,7 +126,8 @@ def _print(console: Console, summary: Summary) -> None:
     console.print(f"empty cells: {empty or 'none'}")
     console.print(
         f"{summary.num_seeds} seeds from {summary.first} in {summary.seconds:.1f} s: "
-        f"{summary.seeds_per_s:.1f} seeds/s, {summary.num_bad_seeds} with violations"
+        f"{summary.seeds_per_s:.1f} seeds/s, {1000 * summary.cpu_s / summary.num_seeds:.0f} ms CPU each, "
+        f"{summary.num_bad_seeds} with violations"
     )
     for seed, what in summary.violations:
         console.print(f"seed {seed}: {what}", style="red", highlight=False)

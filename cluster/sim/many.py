@@ -17,6 +17,7 @@ from cluster.sim.scenario import SeedReport, run_seed
 from cluster.sim.stages import STAGES
 
 CHUNK = 8  # seeds handed to a process at a time
+CHUNKS_PER_PROCESS = 250  # a fresh one after so many, whatever the run's length
 MAX_KEPT = 50  # violations kept in words
 
 
@@ -27,6 +28,7 @@ class Summary:
     first: int
     num_seeds: int = 0
     seconds: float = 0.0
+    cpu_s: float = 0.0  # of all processes, their starts not counted
     virtual_s: float = 0.0
     num_bad_seeds: int = 0
     violations: list[tuple[int, str]] = field(default_factory=list)
@@ -52,6 +54,17 @@ class Summary:
         self.num_tokens += report.num_tokens
         self.num_moved += report.num_moved
         self.virtual_s += report.virtual_s
+        self.cpu_s += report.cpu_s
+
+    @property
+    def num_injected(self) -> int:
+        """Corruptions of all kinds."""
+        return self.corruption.injected.total()
+
+    @property
+    def num_found(self) -> int:
+        """Those of them that were found."""
+        return self.corruption.found.total()
 
     @property
     def empty_cells(self) -> list[tuple[str, str]]:
@@ -71,6 +84,8 @@ class Summary:
             "seeds": self.num_seeds,
             "seconds": round(self.seconds, 3),
             "seeds_per_s": round(self.seeds_per_s, 2),
+            "cpu_s": round(self.cpu_s, 3),
+            "cpu_ms_per_seed": round(1000 * self.cpu_s / max(1, self.num_seeds), 2),
             "virtual_s": round(self.virtual_s, 1),
             "bad_seeds": self.num_bad_seeds,
             "violations": [{"seed": seed, "what": what} for seed, what in self.violations],
@@ -83,6 +98,8 @@ class Summary:
                 }
                 for kind in CORRUPTIONS
             },
+            "injected": self.num_injected,
+            "found": self.num_found,
             "healthy_pieces": self.corruption.num_healthy,
             "requests": dict(self.codes),
             "switches": dict(self.switches),
@@ -110,7 +127,8 @@ def _chunks(seeds: range, jobs: int) -> Iterator[list[SeedReport]]:
     if jobs == 1 or len(chunks) == 1:
         yield from map(run_chunk, chunks)
         return
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(chunks))) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(jobs, len(chunks)), maxtasksperchild=CHUNKS_PER_PROCESS) as pool:
         yield from pool.imap_unordered(run_chunk, chunks)
 
 
@@ -126,8 +144,11 @@ def run_chunk(seeds: range) -> list[SeedReport]:
     try:
         reports = []
         for seed in seeds:
-            reports.append(run_seed(seed))
+            started = time.process_time()
+            report = run_seed(seed)
             gc.collect()
+            report.cpu_s = time.process_time() - started
+            reports.append(report)
         return reports
     finally:
         gc.unfreeze()

@@ -64,6 +64,7 @@ class SeedReport:
     num_tokens: int = 0
     num_moved: int = 0
     virtual_s: float = 0.0
+    cpu_s: float = 0.0  # what running it took, garbage collection included
     journal: list[str] = field(default_factory=list)
 
 

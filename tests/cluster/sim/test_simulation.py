@@ -1,11 +1,10 @@
-"""Whole histories under faults (cluster/sim/scenario.py): no violation, and every cell of the table comes."""
+"""Whole histories under faults (cluster/sim/scenario.py): no violation, and every request is accounted for."""
 
 from __future__ import annotations
 
 import pytest
 
-from cluster.sim.chaos import CELLS, KINDS
-from cluster.sim.corruption import KINDS as CORRUPTIONS
+from cluster.sim.coverage import gaps
 from cluster.sim.many import Summary, run_many
 from cluster.sim.scenario import NUM_FAULTS, NUM_REQUESTS, run_seed
 
@@ -31,13 +30,12 @@ def check(summary: Summary) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_300_seeds_without_a_violation() -> None:
-    summary = run_many(0, 300, jobs=2)
+def test_seeds_without_a_violation() -> None:
+    """Some; 300 and their table are `make sim`, which .ci/run calls (cluster/sim/coverage.py says what they show)."""
+    summary = run_many(0, 24, jobs=2)
     check(summary)
-    assert summary.cells.total() > 0.98 * 300 * NUM_FAULTS
-    assert len(summary.empty_cells) < 0.02 * len(CELLS)
-    assert {kind for kind, _ in summary.cells} == set(KINDS)
-    assert {kind for kind, _ in summary.corruption.injected} == set(CORRUPTIONS)
+    assert summary.cells.total() > 0.9 * 24 * NUM_FAULTS
+    assert summary.corruption.num_healthy > 24 and summary.num_injected > 24
 
 
 @pytest.mark.long
@@ -45,9 +43,7 @@ def test_300_seeds_without_a_violation() -> None:
 def test_10000_seeds_without_a_violation_or_an_empty_cell() -> None:
     summary = run_many(1000, 10_000, jobs=2)
     check(summary)
-    assert not summary.empty_cells
-    assert summary.corruption.injected.total() >= 1000
-    assert summary.corruption.num_healthy >= 100_000
+    assert gaps(summary) == []
 
 
 def test_the_same_seed_gives_the_same_journal() -> None:
