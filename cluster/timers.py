@@ -22,7 +22,7 @@ class Timers(Generic[Key]):
     """Deadlines by key; one key has at most one. Every time is an absolute monotonic second."""
 
     def __init__(self) -> None:
-        self._at: dict[Key, tuple[float, int, Key]] = {}  # the key's own entry of the heap; others of it are stale
+        self._at: dict[Key, int] = {}  # the serial of the key's own entry of the heap; others of it are stale
         self._silence_limits: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._serial = 0
@@ -64,7 +64,7 @@ class Timers(Generic[Key]):
     def next(self) -> float | None:
         """When to call again at the latest (absolute), or None when nothing is set."""
         heap, at = self._heap, self._at
-        while heap and at.get(heap[0][2]) is not heap[0]:
+        while heap and at.get(heap[0][2]) != heap[0][1]:
             heapq.heappop(heap)
         first = heap[0][0] if heap else None
         if self._silence_limits:
@@ -78,17 +78,16 @@ class Timers(Generic[Key]):
         keys: list[Key] = []
         heap = self._heap
         while heap and heap[0][0] <= now:
-            entry = heapq.heappop(heap)
-            key = entry[2]
-            if self._at.get(key) is entry:
+            _, serial, key = heapq.heappop(heap)
+            if self._at.get(key) == serial:
                 self.clear(key)
                 keys.append(key)
         return keys
 
     def _push(self, key: Key, at: float) -> None:
         self._serial += 1
-        self._at[key] = entry = (at, self._serial, key)
-        heapq.heappush(self._heap, entry)
+        self._at[key] = self._serial
+        heapq.heappush(self._heap, (at, self._serial, key))
         if len(self._heap) > 64 + 4 * len(self._at):
-            self._heap = list(self._at.values())
+            self._heap = [entry for entry in self._heap if self._at.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
