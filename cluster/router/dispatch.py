@@ -142,7 +142,7 @@ class Dispatcher:
             self._timers.watch((worker_id, "silence"), now, SILENCE_S)
         effects: list[RouterEffect] = []
         for entry in entries:
-            if isinstance(entry, CacheNews | SourceFailed):
+            if isinstance(entry, (CacheNews, SourceFailed)):
                 self._on_side_news(now, worker_id, entry)
                 continue
             request = self._requests.get(entry.request_id)

@@ -54,6 +54,7 @@ from engine.request import FinishReason
 
 REMEMBERED_ATTEMPTS = 8192
 _PREFIX = "d:"  # of every engine id of this machine
+_OF_PULLS = (Probed, Reserved, NoSpace)  # a union would be made anew for each reply
 
 
 class DecodeMachine:
@@ -183,7 +184,7 @@ class DecodeMachine:
         self._load = events.load
         effects: list[Effect] = []
         for reply in events.replies:
-            if isinstance(reply, Probed | Reserved | NoSpace) and reply.request_id.startswith(_PREFIX):
+            if isinstance(reply, _OF_PULLS) and reply.request_id.startswith(_PREFIX):
                 effects += self._on_reply(now, reply)
             elif isinstance(reply, PromptLogprobs):
                 effects += self._on_scores(reply)

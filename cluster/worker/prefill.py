@@ -60,6 +60,7 @@ BUSY_RETRY_MS = 100
 FINISH_MS = 20.0  # what is left of a call that a worker still computes when its role changes
 TOKEN_BYTES = 4
 _MAX_MS_PER_TOKEN = 1000.0
+_SERVED = (Serving, ServeBusy, ServeProgress, ServedPiece, ServeDone)  # a union would be made anew for each reply
 _SERVING_STATES = ("ready", "draining", "switching", "verifying")  # it holds KV that others may need meanwhile
 
 _TimerKind = Literal["deadline", "news", "taken", "engine", "role"]
@@ -162,7 +163,7 @@ class PrefillMachine:
         self._measure(now, events)
         effects: list[Effect] = []
         for reply in events.replies:
-            if isinstance(reply, Serving | ServeBusy | ServeProgress | ServedPiece | ServeDone):
+            if isinstance(reply, _SERVED):
                 call = self._calls.get(reply.call_id)
                 if call is not None:
                     effects += self._on_reply(now, call, reply)

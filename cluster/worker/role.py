@@ -45,6 +45,7 @@ LEARN_S = 60.0
 CANARY_TOKENS = 2  # a prefill step and a decode step
 MAX_TIMEOUT_S = 300.0
 _PREFIX = "c:"  # of every engine id and call id of a canary
+_SERVED = (ServedPiece, ServeDone, ServeBusy)  # a union would be made anew for each reply
 Digest = tuple[int, ...]
 
 
@@ -132,7 +133,7 @@ class RoleMachine:
         for reply in events.replies:
             if isinstance(reply, RoleSet):
                 effects += self._on_role_set(now, reply)
-            elif isinstance(reply, ServedPiece | ServeDone | ServeBusy) and self._is_canary(reply.call_id):
+            elif isinstance(reply, _SERVED) and self._is_canary(reply.call_id):
                 effects += self._on_served(now, reply)
         for tokens in events.tokens:
             if self._is_canary(tokens.request_id):

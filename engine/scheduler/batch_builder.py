@@ -88,15 +88,13 @@ class BatchBuilder:
         entries = self._decode + self._prefill
         if not entries:
             return None
-        shape = [(entry.seat.row, entry.query_len, entry.seat.num_computed) for entry in entries]
-        rows, query_lens, num_computed = np.array(shape, dtype=np.int32).T.copy()
         batch = ScheduledBatch(
             step=step,
             starts=self._starts(entries),
             new_blocks=self._new_blocks(entries),
-            rows=rows,
-            query_lens=query_lens,
-            num_computed=num_computed,
+            rows=np.array([entry.seat.row for entry in entries], dtype=np.int32),
+            query_lens=np.array([entry.query_len for entry in entries], dtype=np.int32),
+            num_computed=np.array([entry.seat.num_computed for entry in entries], dtype=np.int32),
             samples=np.array([entry.samples for entry in entries], dtype=np.bool_),
             num_decode_rows=len(self._decode),
             scores=_scores(entries) if self._has_scores else (),

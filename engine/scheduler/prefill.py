@@ -37,12 +37,14 @@ def open_seat(book: RequestBook, request: Request) -> Seat | None:
     return seat
 
 
-def schedule_running_prefills(book: RequestBook, builder: BatchBuilder, *, only_pulled: bool = False) -> None:
-    """Continue prefills, in order. One token before its end a request is a decode row, or waits for a block."""
-    for request in book.in_order():
+def schedule_running_prefills(running: list[Request], builder: BatchBuilder, *, only_pulled: bool = False) -> None:
+    """Continue those of `running`, in its order. One token before its end one is a decode row, or waits for a block."""
+    for request in running:
+        if only_pulled and not request.pulled:
+            continue
         seat = request.seat
         assert seat is not None, f"{request.request_id} runs without a seat"
-        if builder.has(seat) or request.num_tokens - seat.num_computed < 2 or (only_pulled and not request.pulled):
+        if request.num_tokens - seat.num_computed < 2 or builder.has(seat):
             continue
         add_chunk(request, seat, builder)
 

@@ -156,10 +156,11 @@ class Scheduler:
             block_size=self.blocks.block_size,
         )
         schedule_decode(self._book, builder)
-        schedule_running_prefills(self._book, builder, only_pulled=True)
+        running = self._book.in_order()
+        schedule_running_prefills(running, builder, only_pulled=True)
         if self.role == "prefill":
             self._news += self._served.schedule(builder)
-        schedule_running_prefills(self._book, builder)
+        schedule_running_prefills(running, builder)
         admit_waiting(self._book, builder)
         if self.role == "decode":
             self._news += self._served.schedule(builder)
