@@ -126,9 +126,11 @@ class Network:
         return max(at, held_until, self._cut_until(sender.name, receiver.name))
 
     def _cut_until(self, sender: str, receiver: str) -> float:
-        now = self.clock.now
-        mine = (until for one, two, until in self._cuts if (one, two) == (sender, receiver) and until > now)
-        return max(mine, default=0.0)
+        now, last = self.clock.now, 0.0
+        for one, two, until in self._cuts:
+            if one == sender and two == receiver and until > now and until > last:
+                last = until
+        return last
 
     def partition(self, one: str, two: str, for_s: float, *, both_ways: bool) -> None:
         """Nothing from process `one` to `two` arrives for a while (and back). Long ones break the connections."""
