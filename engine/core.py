@@ -136,6 +136,8 @@ class EngineCore:
 
     def _handle_commands(self) -> int:
         """Apply what was submitted, aborts first: they overtake prompts."""
+        if not self._commands:
+            return 0
         commands = aborts_first(self._commands)
         self._commands.clear()
         for command in commands:

@@ -123,7 +123,7 @@ class FakeModel:
             outputs.append(token)
             if token in stop_ids and len(outputs) > params.min_tokens:
                 break
-            last = self.chain(last, (token,), n)[0]
+            last = xxhash.xxh3_64_intdigest(_LINK.pack(last, token, n))
             digest.update(pack(*[last * factor & _WORD_MASK for factor in odd]))  # as `spread`, without its arrays
         return outputs
 

@@ -89,7 +89,11 @@ class Tracked:
     def unfinished(self) -> tuple[Choice, ...]:
         """What a decode worker is to continue, with everything accepted so far."""
         return tuple(
-            Choice(index=choice.index, seed=choice.seed, outputs=np.array(choice.outputs, dtype="<i4").tobytes())
+            Choice(
+                index=choice.index,
+                seed=choice.seed,
+                outputs=np.array(choice.outputs, dtype="<i4").tobytes() if choice.outputs else b"",
+            )
             for choice in self.choices.values()
             if not choice.finished
         )

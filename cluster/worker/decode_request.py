@@ -49,11 +49,10 @@ class DecodeRequest:
     pausing: bool = False
     paused: dict[str, int] = field(default_factory=dict)  # engine id -> tokens held
     given_away: bool = False  # Moved has left: pinned until Release, the deadline or the link's end
+    request_id: str = field(init=False)  # the router's id
 
-    @property
-    def request_id(self) -> str:
-        """The router's id."""
-        return self.dispatch.request_id
+    def __post_init__(self) -> None:
+        self.request_id = self.dispatch.request_id
 
     @property
     def tokens(self) -> bytes:

@@ -26,11 +26,10 @@ class ServedCall:
     queued_tokens: int = 0
     done: bool = False  # the rank offered everything
     offered_all: bool = False  # and we sent everything
+    call_id: str = field(init=False)  # the receiver's id of the call
 
-    @property
-    def call_id(self) -> str:
-        """The receiver's id of the call."""
-        return self.open.call_id
+    def __post_init__(self) -> None:
+        self.call_id = self.open.call_id
 
     @property
     def num_untaken_blocks(self) -> int:

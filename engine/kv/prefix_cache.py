@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
+LITTLE_INT32 = np.dtype("<i4")  # of token ids as bytes
 SHORT_KEY_BYTES = 8  # of a key, where others are only told of it
 
 
@@ -43,7 +44,7 @@ class HashChain:
         if num_known < num_blocks:
             size, first = 4 * self._block_size, num_known * self._block_size
             parent = self._keys[-1] if self._keys else self._root
-            data = tokens[first : num_blocks * self._block_size].astype("<i4", copy=False).tobytes()
+            data = tokens[first : num_blocks * self._block_size].astype(LITTLE_INT32, copy=False).tobytes()
             for start in range(0, len(data), size):
                 parent = hashlib.sha256(parent + data[start : start + size]).digest()
                 self._keys.append(parent)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.kv.prefix_cache import HashChain
+from engine.kv.prefix_cache import LITTLE_INT32, HashChain
 from engine.request import SamplingParams
 from engine.scheduler.batch import IntArray, RowStart
 
@@ -29,8 +29,10 @@ class ModelLimits:
 
 def parse_tokens(data: bytes, vocab_size: int) -> IntArray:
     """int32 [n] from little-endian bytes. Raises ValueError for a torn array or an id outside the vocabulary."""
-    tokens = np.frombuffer(data, dtype="<i4").astype(np.int32)
-    if data and tokens.view(np.uint32).max() >= vocab_size:  # a negative id is a huge one
+    if not data:
+        return np.zeros(0, dtype=np.int32)
+    tokens = np.frombuffer(data, dtype=LITTLE_INT32).astype(np.int32)
+    if tokens.view(np.uint32).max() >= vocab_size:  # a negative id is a huge one
         raise ValueError(f"token ids must be in [0, {vocab_size})")
     return tokens
 

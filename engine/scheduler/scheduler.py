@@ -178,9 +178,8 @@ class Scheduler:
 
     def take_news(self) -> list[ServeNews]:
         """News of served calls since the last call: progress of each, then pieces offered while scheduling."""
-        news = self._served.progress(self._own_tokens_ahead()) + self._news
-        self._news = []
-        return news
+        news, self._news = self._news, []
+        return self._served.progress(self._own_tokens_ahead()) + news if self._served else news
 
     def _own_tokens_ahead(self) -> int:
         """Own prefill tokens that go before served calls."""
