@@ -48,9 +48,11 @@ class SpaceLine:
         Only then: what was missing may have been a row of the batch, and asking at every step would keep the rank busy.
         """
         before = num_free if self._least_free is None else self._least_free
-        self._least_free = min(before, num_free)
-        head = next(iter(self._line.values()), None)
-        if head is None or head.space != "queued" or num_free <= before:
+        if num_free <= before or not self._line:
+            self._least_free = num_free if num_free < before else before
+            return []
+        head = next(iter(self._line.values()))
+        if head.space != "queued":
             return []
         if num_free < self._layout.blocks_for(head.num_wanted + 1):
             return []

@@ -43,6 +43,7 @@ class RequestBook:
         self.running: dict[str, Request] = {}
         self.pausing: dict[str, Request] = {}
         self.paused: dict[str, Request] = {}
+        self._eos_ids = frozenset(limits.eos_token_ids)
         self._num_arrivals = 0
         self._has_priorities = False  # any request so far had one
 
@@ -78,7 +79,9 @@ class RequestBook:
             raise RequestRefusedError("kv_capacity_exceeded", f"{len(prompt)} prompt tokens do not fit the KV pool")
         max_tokens = add.params.max_tokens
         params = add.params
-        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.limits.eos_token_ids))
+        stop_ids = frozenset() if params.ignore_eos else self._eos_ids
+        if params.stop_token_ids:
+            stop_ids = stop_ids.union(params.stop_token_ids)
         self._num_arrivals += 1
         self._has_priorities = self._has_priorities or add.priority != 0
         return Request(
@@ -88,7 +91,7 @@ class RequestBook:
             seed=add.seed,
             choice=add.choice,
             outputs=outputs.tolist(),
-            stop_ids=frozenset(stop_ids),
+            stop_ids=stop_ids,
             max_outputs=min(room_context, room_pool, room_context if max_tokens is None else max_tokens),
             chain=self.chain(add.cache_salt),
             arrival=self._num_arrivals,
