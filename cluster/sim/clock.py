@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from itertools import count
 
 
 class VirtualClock:
@@ -16,12 +17,11 @@ class VirtualClock:
         self.now = 0.0
         self.most_steps = most_steps
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._serial = 0
+        self._serials = count()
 
     def at(self, when: float, run: Callable[[], None]) -> None:
         """Run something at a time, or at once if that has passed (after what is due already)."""
-        self._serial += 1
-        heappush(self._heap, (when if when > self.now else self.now, self._serial, run))
+        heappush(self._heap, (when if when > self.now else self.now, next(self._serials), run))
 
     def after(self, delay_s: float, run: Callable[[], None]) -> None:
         """Run something after a delay."""

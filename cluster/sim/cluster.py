@@ -226,8 +226,9 @@ class SimCluster:
     def run_while(self, condition: Callable[[], bool], *, limit_s: float) -> bool:
         """Let time pass event by event while `condition` holds. Returns whether it ended within `limit_s`."""
         end = self.clock.now + limit_s
+        step = self.clock.step
         while condition():
-            if not self.clock.step(end):
+            if not step(end):
                 return False
         return True
 

@@ -33,6 +33,7 @@ REQUEST_STAGES = (
 )
 PHASES = ("draining", "switching", "verifying")
 STAGES = (*REQUEST_STAGES, *PHASES)
+_TELLING = (Probe, Add, Reserve, PullClosed)
 QUEUED_AFTER_S = 0.002  # a dispatch that has led to nothing for so long waits for a row
 
 
@@ -83,6 +84,8 @@ class StageWatcher:
             return
         if isinstance(effect, ToEngine):
             command = effect.command
+            if not isinstance(command, _TELLING):
+                return
             if isinstance(command, Probe):
                 self._begin(command.request_id, "probing")
             elif isinstance(command, Add):

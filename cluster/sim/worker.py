@@ -285,8 +285,9 @@ class SimWorker:
 
     def _do(self, effects: Iterable[Effect]) -> None:
         """Perform effects in order, send what they queued for the routers, arm the timers."""
+        told = self._world.on_effect
         for effect in effects:
-            self._world.on_effect(self, effect)
+            told(self, effect)
             self._perform(effect)
         if self._outbox:
             for link_id, entries in self._outbox.items():
