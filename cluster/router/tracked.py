@@ -69,12 +69,12 @@ class Tracked:
     @property
     def num_outputs(self) -> int:
         """Accepted tokens of all choices."""
-        return sum(len(choice.outputs) for choice in self.choices.values())
+        return sum([len(choice.outputs) for choice in self.choices.values()])
 
     @property
     def finished(self) -> bool:
         """Every choice is done."""
-        return all(choice.finished for choice in self.choices.values())
+        return not [choice for choice in self.choices.values() if not choice.finished]
 
     @property
     def is_scored(self) -> bool:

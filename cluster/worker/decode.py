@@ -70,6 +70,7 @@ class DecodeMachine:
         self.handoff_ms: deque[float] = deque(maxlen=1024)  # last piece to first token
         self._layout = layout
         self._timers: Timers[TimerKey] = Timers()
+        self.next_timer = self._timers.next  # the absolute monotonic second at which on_timer is to be called, or None
         self._requests: dict[str, DecodeRequest] = {}
         self._queue: dict[str, DecodeRequest] = {}  # admitted, no row of the batch is free yet
         self._by_engine_id: dict[str, DecodeRequest] = {}
@@ -171,10 +172,6 @@ class DecodeMachine:
             else:
                 effects += self._puller.on_timer(now, request, kind)
         return self._admit(now, effects)
-
-    def next_timer(self) -> float | None:
-        """The absolute monotonic second at which on_timer is to be called, or None."""
-        return self._timers.next()
 
     # ---- from the rank
 

@@ -94,6 +94,7 @@ class PrefillMachine:
         self._window_blocks = max(self._piece_blocks, WINDOW_BYTES // layout.block_bytes)
         self._calls: dict[str, ServedCall] = {}
         self._timers: Timers[tuple[str, _TimerKind]] = Timers()
+        self.next_timer = self._timers.next  # the absolute monotonic second at which on_timer is to be called, or None
         self._ms_per_token = 0.0
         self._last_step_at: float | None = None
         self._gives_away = False
@@ -219,10 +220,6 @@ class PrefillMachine:
             self.counters[f"cut_off_{kind}"] += 1
             effects += [*self._end(call), EndCall(call_id=call_id)]
         return effects
-
-    def next_timer(self) -> float | None:
-        """The absolute monotonic second at which on_timer is to be called, or None."""
-        return self._timers.next()
 
     # ---- another role
 

@@ -82,6 +82,7 @@ class RoleMachine:
         self._num_canaries = 0
         self._retired = False
         self._timers: Timers[str] = Timers()
+        self.next_timer = self._timers.next  # the absolute monotonic second at which on_timer is to be called, or None
 
     @property
     def leaving(self) -> Role | None:
@@ -150,10 +151,6 @@ class RoleMachine:
                 self._to_learn = []
                 effects += [*self._end_canary(), self._publish("ready")]
         return effects
-
-    def next_timer(self) -> float | None:
-        """The absolute monotonic second at which on_timer is to be called, or None."""
-        return self._timers.next()
 
     # ---- inside
 

@@ -35,7 +35,7 @@ def land_step(
 ) -> Landed:
     """Apply one result; rows that were given up meanwhile are dropped."""
     assert launched.step == result.step, f"step {result.step} lands, step {launched.step} was expected"
-    landed = Landed(step=result.step, num_tokens=sum(entry.query_len for entry in launched.entries))
+    landed = Landed(step=result.step, num_tokens=sum([entry.query_len for entry in launched.entries]))
     live = [(i, entry) for i, entry in enumerate(launched.entries) if not entry.seat.closed]
     for _, entry in live:
         entry.seat.num_landed += entry.query_len
