@@ -237,7 +237,7 @@ class SimCluster:
         return self.run_while(self._is_busy, limit_s=limit_s)
 
     def _is_busy(self) -> bool:
-        return self._num_coming > 0 or any(one.num_live and one.process.alive for one in self.routers)
+        return self._num_coming > 0 or bool([one for one in self.routers if one.num_live and one.process.alive])
 
     # ---- checks
 
