@@ -80,33 +80,34 @@ class Connection:
         self._deliver(side, partial(end.process.post, end.hear_closed), 0)
 
     def _deliver(self, side: int, arrive: Callable[[], None], num_bytes: int, urgent: bool = False) -> None:
-        end, other = self.ends[side], self.ends[1 - side]
-        at = self._network.arrival(num_bytes)
-        if self._network.troubled:
-            at = self._network.later(at, other.process, end.process, self.held_until)
+        end, network = self.ends[side], self._network
+        at = network.arrival(num_bytes)
+        if network.clock.now < network.calm_at:
+            at = network.later(at, self.ends[1 - side].process, end.process, self.held_until)
         if not urgent:
-            end.last_arrival = at = max(end.last_arrival, at)
-        self._network.clock.at(at, arrive)
+            if at < end.last_arrival:
+                at = end.last_arrival
+            end.last_arrival = at
+        network.clock.at(at, arrive)
 
 
 class Network:
     """Makes connections. Delays are seconds; `bytes_per_s` slows big messages down.
 
-    `doubled(sender, message)`: whether a message is sent twice. `troubled` is set once anything was held or cut.
+    `doubled(sender, message)`: whether a message is sent twice. `calm_at`: nothing is held or cut from then on.
     """
 
     def __init__(
         self, clock: VirtualClock, rng: Random, *, delay_s: float, jitter_s: float, bytes_per_s: float
     ) -> None:
         self.clock = clock
-        self.troubled = False
+        self.calm_at = 0.0
         self.doubled: Callable[[SimProcess, Any], bool] | None = None
         self._rng = rng
         self._delay_s = delay_s
         self._jitter_s = jitter_s
         self._bytes_per_s = bytes_per_s
         self._connections: list[Connection] = []
-        self._calm_at = 0.0  # nothing is wrong from then on
         self._cuts: list[tuple[str, str, float]] = []  # (from, to, until), by the names of processes
         self._slow: list[tuple[str, float, float]] = []  # (name, until, up to this many seconds more)
 
@@ -118,8 +119,6 @@ class Network:
     def later(self, at: float, sender: SimProcess, receiver: SimProcess, held_until: float) -> float:
         """When it arrives with what is wrong at the moment."""
         now = self.clock.now
-        if now >= self._calm_at:
-            return at
         for name, until, extra_s in self._slow:
             if now < until and name in (sender.name, receiver.name):
                 at += self._rng.random() * extra_s
@@ -151,8 +150,7 @@ class Network:
         connection.held_until = self.clock.now + for_s
 
     def _trouble(self, for_s: float) -> None:
-        self.troubled = True
-        self._calm_at = max(self._calm_at, self.clock.now + for_s)
+        self.calm_at = max(self.calm_at, self.clock.now + for_s)
 
     def connect(self, opener: End, other: End) -> Connection:
         """Connect two ends. One to a dead process closes after the usual delay."""
