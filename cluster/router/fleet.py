@@ -137,7 +137,7 @@ class Fleet:
 
     def decoders(self) -> list[Worker]:
         """Usable decode workers of the one identity that this router serves, by id."""
-        usable = [worker for _, worker in self._by_id if worker.usable and worker.info.role == "decode"]
+        usable = [worker for _, worker in self._by_id if worker.info.role == "decode" and worker.usable]
         serving = [worker for worker in usable if worker.info.identity == self._identity]
         if usable and not serving:
             self._identity = usable[0].info.identity
@@ -149,8 +149,8 @@ class Fleet:
         return [
             worker
             for _, worker in self._by_id
-            if worker.usable
-            and worker.info.role == "prefill"
+            if worker.info.role == "prefill"
+            and worker.usable
             and (worker.info.identity, worker.info.kv_fingerprint) == (decoder.identity, decoder.kv_fingerprint)
         ]
 
