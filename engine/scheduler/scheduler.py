@@ -183,30 +183,30 @@ class Scheduler:
 
     def _own_tokens_ahead(self) -> int:
         """Own prefill tokens that go before served calls."""
-        return self._own_queued_tokens() if self.role == "decode" else 0
+        return self._own_tokens()[0] if self.role == "decode" else 0
 
-    def _own_queued_tokens(self) -> int:
-        queued = 0
+    def _own_tokens(self) -> tuple[int, int]:
+        """Of own requests: prefill tokens to come, and tokens computed that running ones see."""
+        queued = computed = 0
         for request in self._book.waiting:
             queued += request.num_tokens
         for request in self._book.running.values():
-            if request.seat is not None:
-                left = request.num_scheduled_tokens - request.seat.num_computed
+            seat = request.seat
+            if seat is not None:
+                left = request.num_scheduled_tokens - seat.num_computed
                 queued += left if left > 1 else 0
-        return queued
+                computed += seat.num_computed
+        return queued, computed
 
     def load(self) -> Load:
         """Queues, blocks and totals now."""
         blocks, counters, book = self.blocks, self._counters, self._book
-        context_tokens = 0
-        for request in book.running.values():
-            if request.seat is not None:
-                context_tokens += request.seat.num_computed
+        queued_tokens, context_tokens = self._own_tokens()
         return Load(
             num_running=len(book.running) + len(book.pulling),
             num_waiting=len(book.waiting),
             num_served=len(self._served),
-            queued_tokens=self._own_queued_tokens() + self._served.queued_tokens,
+            queued_tokens=queued_tokens + self._served.queued_tokens,
             num_blocks=blocks.num_usable,
             num_free_blocks=blocks.num_free,
             num_referenced_blocks=blocks.num_referenced,
