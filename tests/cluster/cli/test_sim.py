@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cluster.cli import sim
 from cluster.cli.app import app
 from cluster.sim import copies
 
@@ -37,3 +38,19 @@ def test_a_violation_is_told_with_its_seed(monkeypatch: pytest.MonkeyPatch) -> N
     result = CliRunner().invoke(app, ["sim", "--first", "1", "--seeds", "3", "--jobs", "1"])
     assert result.exit_code == 1
     assert "was not found" in result.output and "seed 1" in result.output.replace("\n", " ")
+
+
+def test_a_run_that_shows_too_little_fails_and_says_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sim, "gaps", lambda summary: ["'poison' never struck"])
+    file = tmp_path / "sim.json"
+    result = CliRunner().invoke(app, ["sim", "--seeds", "1", "--jobs", "1", "--json", str(file)])
+    assert result.exit_code == 1
+    assert "missing: 'poison' never struck" in result.output
+    assert json.loads(file.read_text())["gaps"] == ["'poison' never struck"]
+
+
+def test_progress_counts_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sim, "_LOG_EVERY_S", 0.0)
+    result = CliRunner().invoke(app, ["sim", "--seeds", "9", "--jobs", "1"])
+    assert result.exit_code == 0, result.output
+    assert "8 of 9 seeds" in result.output and "healthy pieces" in result.output and "empty cells" in result.output
