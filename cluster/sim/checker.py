@@ -157,9 +157,10 @@ class Checker:
             answers = [effect.entry for effect in effects if isinstance(effect, SendEntry)]
             codes = [entry.code for entry in answers if isinstance(entry, Failed)]
             fits = (dispatch.incarnation, dispatch.epoch) == (mine.incarnation, mine.epoch) and mine.state == "ready"
-            if fits == (REFUSED in codes):
+            stale = machine.counters["stale_dispatches"] > num_stale
+            if not stale and fits == (REFUSED in codes):
                 self.report(f"{name} of epoch {dispatch.epoch}: {'refused' if fits else 'taken'}")
-            if fits and not codes and machine.counters["stale_dispatches"] == num_stale:
+            if fits and not codes and not stale:
                 if (dispatch.request_id, dispatch.attempt) in taken:
                     self.report(f"{name}: taken twice")
                 taken.add((dispatch.request_id, dispatch.attempt))

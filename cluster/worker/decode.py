@@ -1,7 +1,7 @@
 """The decode worker's side of a request, without I/O: fences, the pull of the prompt's KV, tokens up, aborts down.
 
 Life cycle of a request at its decode worker:
-1. `on_dispatch`: incarnation and epoch must be ours ("refused"), the attempt new, the numbers sane, and there must be
+1. `on_dispatch`: the attempt must be new, incarnation and epoch ours ("refused"), the numbers sane, and there must be
    room ("busy" at once; the router knows where else to go). A few wait here until a row of the batch is free.
 2. worker/pull.py brings the prompt's KV, or finds that it is not worth it. Meanwhile News go up at least every NEWS_S.
 3. `run`: every choice is in the rank's running batch; further choices hit the blocks that the first one brought.
@@ -86,13 +86,13 @@ class DecodeMachine:
     def on_dispatch(self, now: float, link_id: str, dispatch: Dispatch) -> list[Effect]:
         """Step 1."""
         self._timers.note(now)
+        if dispatch.attempt <= self._attempts.get(dispatch.request_id, -1):
+            self.counters["stale_dispatches"] += 1
+            return []  # before the fences: to refuse the duplicate of an attempt that runs would end that attempt
         if (dispatch.incarnation, dispatch.epoch) != (self.info.incarnation, self.info.epoch):
             return [self._failure(link_id, dispatch, REFUSED, "another incarnation or epoch")]
         if self.info.state != "ready":
             return [self._failure(link_id, dispatch, REFUSED, f"the worker is {self.info.state}")]
-        if dispatch.attempt <= self._attempts.get(dispatch.request_id, -1):
-            self.counters["stale_dispatches"] += 1
-            return []
         effects: list[Effect] = []
         if (older := self._requests.get(dispatch.request_id)) is not None:
             effects += self._drop(older)

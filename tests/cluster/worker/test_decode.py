@@ -94,6 +94,15 @@ def test_a_duplicate_and_an_older_attempt_are_dropped() -> None:
     assert m.num_live == 1
 
 
+@pytest.mark.parametrize("changes", [{"state": "draining"}, {"epoch": 4}])
+def test_a_duplicate_after_a_change_of_roles_began_does_not_end_what_runs(changes: dict[str, Any]) -> None:
+    m = machine()
+    start(m, attempt=2)
+    m.info = replace(INFO, **changes)
+    assert m.on_dispatch(0.1, "link", dispatch(attempt=2)) == []
+    assert m.num_live == 1
+
+
 def test_a_newer_attempt_replaces_the_older_one() -> None:
     m = machine()
     old = start(m)
