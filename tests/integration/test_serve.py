@@ -125,6 +125,21 @@ def answers_the_openai_sdk(server: Serving) -> None:
             client.chat.completions.create(model="another", messages=QUESTION)
 
 
+def loses_a_worker_and_gets_it_back(server: Serving, worker_id: str) -> None:
+    """Killed, told, started again as a new incarnation, and linked."""
+    before = {w["worker_id"]: w for w in server.status()["workers"]}
+    psutil.Process(before[worker_id]["pid"]).kill()
+    server.until(lambda: f"{worker_id} ended" in server.text())
+
+    def is_back() -> bool:
+        after = {w["worker_id"]: w for w in server.status()["workers"]}
+        worker = after.get(worker_id, {"incarnation": "", "state": "", "link": ""})
+        new = worker["incarnation"] != before[worker_id]["incarnation"]
+        return new and (worker["state"], worker["link"]) == ("ready", "up")
+
+    server.until(is_back)
+
+
 @pytest.mark.timeout(300)
 def test_processes_serve_the_default_model_and_ctrl_c_leaves_nothing(home: Path) -> None:
     with serving(home, "--backend", "process", "--require-prefill") as server:
@@ -144,17 +159,7 @@ def test_processes_serve_the_default_model_and_ctrl_c_leaves_nothing(home: Path)
 def test_a_killed_worker_is_told_and_comes_back_and_a_killed_serve_takes_all_with_it(home: Path) -> None:
     with serving(home, "--backend", "process", "--require-prefill", "--set", "fake.vocab_size=320") as server:
         server.wait_until_ready()
-        before = {w["worker_id"]: w for w in server.status()["workers"]}
-        psutil.Process(before["prefill-0"]["pid"]).kill()
-        server.until(lambda: "prefill-0 ended" in server.text())
-
-        def is_back() -> bool:
-            after = {w["worker_id"]: w for w in server.status()["workers"]}
-            worker = after.get("prefill-0", {"incarnation": "", "state": "", "link": ""})
-            new = worker["incarnation"] != before["prefill-0"]["incarnation"]
-            return new and (worker["state"], worker["link"]) == ("ready", "up")
-
-        server.until(is_back)
+        loses_a_worker_and_gets_it_back(server, "prefill-0")
         answers_the_openai_sdk(server)
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
 
@@ -176,6 +181,8 @@ def test_ray_places_named_actors_behind_a_token_and_ctrl_c_leaves_nothing(home: 
             actors = json.load(response)["data"]["result"]["result"]
         names = {actor["name"].partition("@")[0] for actor in actors}
         assert names == {"prefill-0", "decode-0"}
+        loses_a_worker_and_gets_it_back(server, "decode-0")
+        answers_the_openai_sdk(server)
         assert server.end(signal.SIGINT) == 0
 
 

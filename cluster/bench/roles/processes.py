@@ -46,12 +46,12 @@ class ProcessOptions:
     workers: int = 5
     phase_s: float = 90.0
     rounds: int = 1
-    load: float = 0.8
+    load: float = 0.75
     step_ms: float = 50.0
     token_ms: float = 0.8
-    rows: int = 8
+    rows: int = 16
     prompt_scale: float = 0.08
-    output_scale: float = 0.25
+    output_scale: float = 0.5
     most_prompt: int = 1400
     ttft_ms: float = 4000.0
     tpot_ms: float = 120.0
