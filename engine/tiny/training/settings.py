@@ -56,7 +56,7 @@ class Settings:
     second_weight: float = 0.2  # of the multi-token block's loss
     balance_weight: float = 0.01
     bias_rate: float = 0.001  # of the routers' correction, per step
-    eval_steps: int = 200
+    eval_steps: int = 100
     save_steps: int = 50
     threads: int = 2
     eval_questions: int = 20  # of each skill
