@@ -28,7 +28,7 @@ _DOWN = ("Sort from large to small: {list}", "从大到小排序: {list}")
 def comparing(rng: random.Random, split: Split) -> Example:
     """Two different numbers below 1000: the larger, the smaller, or whether one is larger. Key: the two numbers."""
     while True:
-        limit = 1000 if rng.random() < 0.4 else 100
+        limit = 1000 if rng.random() < (0.4 if split.held_out else 0.55) else 100
         a, b = rng.randrange(limit), rng.randrange(limit)
         if not split.held_out and rng.random() < 0.25:  # numbers of unlike length are rare otherwise
             a, b = (rng.randrange(choose(rng, (10, 100, 1000))) for _ in range(2))
