@@ -51,7 +51,7 @@ def reversing(rng: random.Random, split: Split) -> Example:
 def counting(rng: random.Random, split: Split) -> Example:
     """Items of a list (1 to 20), or how often one letter stands in a line of up to 15."""
     while True:
-        all_of_them = rng.random() < (0.6 if split.held_out else 0.35)  # counting one letter is the harder half
+        all_of_them = rng.random() < (0.6 if split.held_out else 0.25)  # counting one letter is the harder half
         example = _count_all(rng) if all_of_them else _count_one(rng, split)
         if all(map(split.accepts, example.keys)):
             return example
