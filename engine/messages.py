@@ -234,7 +234,7 @@ class ServeProgress(_Message, frozen=True):
 
 
 class Load(_Message, frozen=True):
-    """The rank's load after a step; rides on every heartbeat."""
+    """The rank's load after a step; rides on every heartbeat. Who pulls has its prompt computed elsewhere."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -253,6 +253,12 @@ class Load(_Message, frozen=True):
     prefill_scale: float = 1.0
     decode_scale: float = 1.0
     num_paused: int = 0
+    num_pulling: int = 0
+
+    @property
+    def num_assigned(self) -> int:
+        """Requests that are or will be decoded here."""
+        return self.num_running + self.num_waiting + self.num_pulling
 
 
 class StepEvents(_Message, frozen=True):

@@ -25,6 +25,7 @@ _LOG_EVERY_S = 30.0
 _SHORT = {
     "waiting for source": "waits source",
     "waiting for space": "waits space",
+    "waiting for row": "waits row",
 }
 
 

@@ -5,8 +5,9 @@ observed traffic:
 
     prefill   1000 / (ms of its prompt), nothing where that alone is over the TTFT target
     decode    rows / (tokens of its answer x ms of a step), at the most rows whose step is within the TPOT target
-              and that fit the batch and the KV memory; these two hold a place for a request already while its prompt
-              is computed elsewhere, so no more than places / (that time + the answer's)
+              and that fit the batch and the KV memory; memory is held for a request already while its prompt is
+              computed elsewhere, so no more than places / (that time + the answer's), where a worker has as many
+              places as fit its memory, and two for each row of its batch
     local     prefills by a decode worker that may not lose its TPOT over them: a prompt of p ms, spread over an answer
               of O tokens, adds n p / O to each token of n rows. With steps of a + b n the rows that keep the target T
               are then (T - a) / (b + p / O), which is as if the prompt took p T / (T - a). Nothing where a reaches T.
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from cluster.control.observation import WorkerSeen
 from cluster.traffic import Traffic
+from cluster.worker.admission import PLACES_PER_ROW
 from engine.scheduler.profile import Profile, Table
 
 Array = npt.NDArray[np.float64]
@@ -126,7 +128,7 @@ def capacity_of(workers: tuple[WorkerSeen, ...], work: Work, *, ttft_ms: float, 
     prefill = np.where(one_ms <= ttft_ms, 1000.0 / np.maximum(one_ms, 1e-6), 0.0)
     answer_ms = work.output_tokens * step_ms
     held_ms = HELD_PROMPTS * _typical_ms(prefill, one_ms) + answer_ms
-    ended = 1000.0 * np.minimum(rows / answer_ms, decode.most_rows / held_ms)
+    ended = 1000.0 * np.minimum(rows / answer_ms, decode.places / held_ms)
     return Capacity(
         prefill_ms=one_ms,
         ms_per_token=one_ms / work.new_tokens,
@@ -207,7 +209,9 @@ class _Decode:
         self._y = scale[:, None] * (y + slope[:, None] * self._x * (context / 1000))
         room = num_blocks * block_size
         fitting = np.where(room > 0.0, room / max(context, 1.0), _FAR)
-        self.most_rows = np.maximum(np.floor(np.minimum(np.where(batch > 0.0, batch, _FAR), fitting)), 1.0)
+        batch = np.where(batch > 0.0, batch, _FAR)
+        self.most_rows = np.maximum(np.floor(np.minimum(batch, fitting)), 1.0)
+        self.places = np.maximum(np.floor(np.minimum(PLACES_PER_ROW * batch, fitting)), 1.0)
 
     def step_ms(self, rows: Array) -> Array:
         """A step of so many rows."""

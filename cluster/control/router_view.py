@@ -86,6 +86,7 @@ def _heard(worker: dict[str, Any], info: WorkerInfo) -> Heard:
         load=Load(
             num_running=int(load["running"]),
             num_waiting=int(load["waiting"]),
+            num_pulling=int(load.get("pulling", 0)),
             num_served=int(load["served"]),
             queued_tokens=int(load["queued_tokens"]),
             context_tokens=int(load["context_tokens"]),

@@ -93,7 +93,7 @@ class Worker:
             self.info = heartbeat.info
             self.capacity = decode_capacity(heartbeat.info)
         self.load = load = heartbeat.load
-        self.others_sequences = max(0, load.num_running + load.num_waiting - self.num_sequences)
+        self.others_sequences = max(0, load.num_assigned - self.num_sequences)
         self.others_context = max(0, load.context_tokens - self.context_tokens)
         rate = ms_per_prefill_token(self.info.profile, load.prefill_scale or 1.0)
         self.backlog.hear(now, load.queued_tokens, rate)

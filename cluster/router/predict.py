@@ -1,7 +1,8 @@
 """Predicted milliseconds of a placement: pure arithmetic over what workers measured of themselves and what they carry.
 
     time to first token with a source P, at decode worker D          and by D alone
-      wait      for a row of D's batch                                 the same
+      wait      for memory of D; for a row as far as that takes        the same, all of it
+                longer than queue, compute and transfer
       queue     prefill work that P has                                prefill work that D has
       compute   the prompt after what P has cached                     after what D has cached, D's rows riding along
       transfer  what of it doesn't overlap with computing              -
@@ -64,14 +65,15 @@ class DecodeCosts:
         # what rows add to a step that runs anyway; a table's first point is all but its fixed part
         self.riding_ms = max(0.0, self.step_ms - scale * profile.decode[0][1]) if running else 0.0
         answer_ms = request.num_outputs * self.tpot_ms
-        self.wait_ms = 0.0
+        self.row_wait_ms = self.memory_wait_ms = 0.0
         if rows + new > most:  # rows come free one by one: each after a whole answer, `most` of them at a time
-            self.wait_ms = (rows + new - most) * answer_ms / most
+            self.row_wait_ms = (rows + new - most) * answer_ms / most
         if running and view.num_free_blocks is not None:
             # a full pool: answers end one by one, each giving back about what this request wants
             wanted = request.num_tokens - view.cached_tokens + new * request.num_outputs
             if wanted > view.num_free_blocks * (view.info.block_size or 1):
-                self.wait_ms = max(self.wait_ms, answer_ms / running)
+                self.memory_wait_ms = answer_ms / running
+        self.wait_ms = max(self.row_wait_ms, self.memory_wait_ms)
         # in a full batch it takes the row of one that ends, and the others go no faster for that one's end
         others = max(0, with_us - new)
         without_ms = self.step_ms if others == running else scale * profile.decode_step_ms(others, context)
@@ -117,14 +119,16 @@ class Predictor:
         self._request = request
 
     def remote(self, decode: WorkerView, costs: DecodeCosts, source: SourceCosts) -> Prediction:
-        """With this source."""
+        """With this source. A prompt that is computed elsewhere has no row, and waits for one meanwhile."""
+        transfer_ms = source.transfer_ms(decode)
         return self._prediction(
             decode,
             costs,
             source=source.worker_id,
+            wait_ms=max(costs.memory_wait_ms, costs.row_wait_ms - source.ready_ms - transfer_ms),
             queue_ms=source.queue_ms,
             compute_ms=source.compute_ms,
-            transfer_ms=source.transfer_ms(decode),
+            transfer_ms=transfer_ms,
             steps_ms=costs.step_ms + costs.tpot_ms,
             overhead_ms=self._request.overheads.get(REMOTE, 0.0),
             stalls_ms=0.0,
@@ -141,6 +145,7 @@ class Predictor:
             decode,
             costs,
             source=None,
+            wait_ms=costs.wait_ms,
             queue_ms=decode.backlog_ms,
             compute_ms=compute_ms + num_steps * costs.riding_ms,
             transfer_ms=0.0,
@@ -155,6 +160,7 @@ class Predictor:
         costs: DecodeCosts,
         *,
         source: str | None,
+        wait_ms: float,
         queue_ms: float,
         compute_ms: float,
         transfer_ms: float,
@@ -162,12 +168,12 @@ class Predictor:
         overhead_ms: float,
         stalls_ms: float,
     ) -> Prediction:
-        first_ms = costs.wait_ms + queue_ms + compute_ms + transfer_ms + steps_ms + overhead_ms
+        first_ms = wait_ms + queue_ms + compute_ms + transfer_ms + steps_ms + overhead_ms
         own_ms = first_ms + costs.tpot_ms * max(0.0, self._request.num_outputs - 1)
         return Prediction(
             decode=decode.info.worker_id,
             source=source,
-            wait_ms=costs.wait_ms,
+            wait_ms=wait_ms,
             queue_ms=queue_ms,
             compute_ms=compute_ms,
             transfer_ms=transfer_ms,

@@ -138,6 +138,7 @@ def _load_json(worker: WorkerStatus) -> Json:
         "load": {
             "running": load.num_running,
             "paused": load.num_paused,
+            "pulling": load.num_pulling,
             "waiting": load.num_waiting,
             "served": load.num_served,
             "queued_tokens": load.queued_tokens,

@@ -32,6 +32,7 @@ def load_json(service: RouterService, dispatch: DispatchStatus) -> Json:
                 "role": worker.info.role,
                 "running": worker.load.num_running,
                 "waiting": worker.load.num_waiting,
+                "pulling": worker.load.num_pulling,
                 "served": worker.load.num_served,
                 "queued_tokens": worker.load.queued_tokens,
                 "kv_use": round(worker.load.num_referenced_blocks / max(worker.load.num_blocks, 1), 4),

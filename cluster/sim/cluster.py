@@ -284,7 +284,7 @@ class SimCluster:
             if worker.decode.num_live or worker.prefill.num_calls:
                 found.append(f"{worker_id}: {worker.decode.num_live} choices, {worker.prefill.num_calls} served calls")
             load = worker.core.load()
-            if load.num_running or load.num_waiting or load.num_served:
+            if load.num_assigned or load.num_served:
                 found.append(f"{worker_id}: the rank has {load}")
         for router in self.routers:
             if not router.process.alive:

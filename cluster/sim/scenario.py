@@ -96,7 +96,7 @@ def orders_of(seed: int, rng: Random) -> list[Order]:
     dealt = [_SHUFFLED[(seed * NUM_FAULTS + i) % len(_SHUFFLED)] for i in range(NUM_FAULTS)]
     orders = []
     for kind, stage in dealt:
-        early = stage in PHASES or stage == "moved"  # rare: the first one will do
+        early = stage in PHASES or stage in ("moved", "waiting for row")  # rare: the first one will do
         not_before = START_S + (0.0 if early else 0.02 + rng.random() * ARRIVALS_S * 0.8)
         orders.append(Order(kind=kind, stage=stage, not_before=not_before, fallback_at=FALLBACK_AT_S))
     return orders
@@ -106,7 +106,7 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
     orders = orders_of(seed, rng)
     stages = {order.stage for order in orders}
     config = SimConfig(
-        workers=_workers(rng, crowded="queued" in stages, full="waiting for space" in stages),
+        workers=_workers(rng, crowded="waiting for row" in stages, full="waiting for space" in stages),
         seed=seed,
         policy=rng.choice(POLICIES),
         num_routers=2,
@@ -152,7 +152,7 @@ def _workers(rng: Random, *, crowded: bool, full: bool) -> tuple[SimWorkerConfig
     """Two of each role and up to two more; some on another host; small batches or pools where a stage needs them."""
     names = ["prefill-1", "prefill-2", "decode-1", "decode-2", *rng.choice(((), (), ("decode-3",), ("prefill-3",)))]
     num_hosts = rng.choice((1, 2))
-    max_num_seqs = 6 if crowded else rng.choice((16, 32))
+    max_num_seqs = 3 if crowded else rng.choice((16, 32))
     made = []
     for name in names:
         role: Role = "prefill" if name.startswith("prefill") else "decode"

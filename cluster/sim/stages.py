@@ -14,17 +14,17 @@ from cluster.router.effects import Ended, RouterEffect, ToWorker
 from cluster.sim.clock import VirtualClock
 from cluster.sim.router import SimRouter
 from cluster.sim.worker import SimWorker
-from cluster.types import Dispatch, Failed, Moved, Tokens, WorkerInfo
+from cluster.types import Dispatch, Moved, Tokens, WorkerInfo
 from cluster.worker.effects import Effect, OpenFetch, Publish, SendEntry, SendTaken, StartCopy, ToEngine
 from engine.messages import Add, Probe, PullClosed, Reserve
 
 REQUEST_STAGES = (
-    "queued",
     "probing",
     "waiting for source",
     "waiting for space",
     "pulling",
     "copying",
+    "waiting for row",
     "first token",
     "streaming",
     "moved",
@@ -34,7 +34,7 @@ REQUEST_STAGES = (
 PHASES = ("draining", "switching", "verifying")
 STAGES = (*REQUEST_STAGES, *PHASES)
 _TELLING = (Probe, Add, Reserve, PullClosed)
-QUEUED_AFTER_S = 0.002  # a dispatch that has led to nothing for so long waits for a row
+NO_ROW_AFTER_S = 0.02  # longer than a step: who has no row by then waits for another one's end
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +55,6 @@ class StageWatcher:
         self._clock = clock
         self._listener = listener
         self._dispatched: dict[str, tuple[str, str, int]] = {}  # request -> (router, worker, attempt)
-        self._began: set[tuple[str, int]] = set()
         self._sources: dict[str, str] = {}
         self._reserved: set[str] = set()
 
@@ -72,9 +71,7 @@ class StageWatcher:
         if isinstance(effect, ToWorker):
             if isinstance(effect.message, Dispatch):
                 dispatch = effect.message
-                key = (dispatch.request_id, dispatch.attempt)
                 self._dispatched[dispatch.request_id] = (router.router_id, effect.worker_id, dispatch.attempt)
-                self._clock.after(QUEUED_AFTER_S, lambda: self._is_queued(key))
         elif isinstance(effect, Ended) and effect.code is None:
             self._tell("done", effect.request_id)
 
@@ -87,21 +84,21 @@ class StageWatcher:
             if not isinstance(command, _TELLING):
                 return
             if isinstance(command, Probe):
-                self._begin(command.request_id, "probing")
+                self._tell("probing", _owner(command.request_id))
             elif isinstance(command, Add):
-                self._begin(command.request_id, "first token")
+                self._tell("first token", _owner(command.request_id))
+                self._look_for_row(worker, command.request_id)
             elif isinstance(command, Reserve):
                 if command.add.request_id in self._reserved:
                     self._tell("waiting for space", _owner(command.add.request_id))
                 self._reserved.add(command.add.request_id)
             elif isinstance(command, PullClosed) and command.num_computed_tokens:
                 self._tell("first token", _owner(command.request_id))
+                self._look_for_row(worker, command.request_id)
         elif isinstance(effect, SendEntry):
             if isinstance(effect.entry, Tokens):
                 last = effect.entry.finish_reason is not None
                 self._tell("last token" if last else "streaming", effect.entry.request_id)
-            elif isinstance(effect.entry, Failed):
-                self._began.add((effect.entry.request_id, effect.entry.attempt))  # it does not queue there
             elif isinstance(effect.entry, Moved):
                 self._tell("moved", effect.entry.request_id)
         elif isinstance(effect, StartCopy):
@@ -115,15 +112,15 @@ class StageWatcher:
             self._sources[effect.open.request_id] = effect.source.worker_id
             self._tell("waiting for source", effect.open.request_id)
 
-    def _begin(self, engine_id: str, stage: str) -> None:
-        if engine_id.startswith("d:"):
-            _, request_id, attempt, *_ = engine_id.split(":")
-            self._began.add((request_id, int(attempt)))
-            self._tell(stage, request_id)
+    def _look_for_row(self, worker: SimWorker, engine_id: str) -> None:
+        core = worker.core
+        if owner := _owner(engine_id):
 
-    def _is_queued(self, key: tuple[str, int]) -> None:
-        if key not in self._began and self._dispatched[key[0]][2] == key[1]:
-            self._tell("queued", key[0])
+            def look() -> None:
+                if worker.core is core and core.scheduler.lacks_row(engine_id):
+                    self._tell("waiting for row", owner)
+
+            self._clock.after(NO_ROW_AFTER_S, look)
 
     def _tell(self, stage: str, request_id: str) -> None:
         dispatched = self._dispatched.get(request_id)

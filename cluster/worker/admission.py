@@ -7,10 +7,15 @@ import numpy as np
 from cluster.types import Dispatch, WorkerInfo
 from cluster.worker.decode_request import TOKEN_BYTES
 
+PLACES_PER_ROW = 2
+
 
 def decode_capacity(info: WorkerInfo) -> int:
-    """Choices that a decode worker takes at once: a full batch and a small queue behind it."""
-    return info.max_num_seqs + max(2, info.max_num_seqs // 4)
+    """Choices that a decode worker takes at once: a full batch, and as many whose prompts are computed or pulled.
+
+    Those hold KV blocks and no row, so a batch stays full although each request spends some of its time elsewhere.
+    """
+    return PLACES_PER_ROW * info.max_num_seqs
 
 
 def dispatch_trouble(dispatch: Dispatch, info: WorkerInfo) -> tuple[str, str] | None:

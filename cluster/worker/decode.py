@@ -2,7 +2,7 @@
 
 Life cycle of a request at its decode worker:
 1. `on_dispatch`: the attempt must be new, incarnation and epoch ours ("refused"), the numbers sane, and there must be
-   room ("busy" at once; the router knows where else to go). A few wait here until a row of the batch is free.
+   room ("busy" at once; the router knows where else to go).
 2. worker/pull.py brings the prompt's KV, or finds that it is not worth it. Meanwhile News go up at least every NEWS_S.
 3. `run`: every choice is in the rank's running batch; further choices hit the blocks that the first one brought.
 4. `on_events`: new tokens go up with (attempt, choice, position). The last choice's end is the request's end.
@@ -72,7 +72,6 @@ class DecodeMachine:
         self._timers: Timers[TimerKey] = Timers()
         self.next_timer = self._timers.next  # the absolute monotonic second at which on_timer is to be called, or None
         self._requests: dict[str, DecodeRequest] = {}
-        self._queue: dict[str, DecodeRequest] = {}  # admitted, no row of the batch is free yet
         self._by_engine_id: dict[str, DecodeRequest] = {}
         self._attempts: OrderedDict[str, int] = OrderedDict()
         self._num_names = 0
@@ -113,8 +112,7 @@ class DecodeMachine:
         self.rename(request)
         self._timers.set((dispatch.request_id, "deadline"), request.deadline)
         self._timers.set((dispatch.request_id, "news"), now + NEWS_S)
-        self._queue[dispatch.request_id] = request
-        return self._admit(now, effects)
+        return [*effects, *self._puller.begin(now, request)]
 
     def on_abort(self, now: float, link_id: str, abort: AbortRequest | Release) -> list[Effect]:
         """Drop an attempt, and every older one; one that has not arrived yet (aborts overtake) will be ignored."""
@@ -126,36 +124,36 @@ class DecodeMachine:
         if request is None or request.dispatch.attempt > abort.attempt:
             return []
         self.counters["aborts"] += 1
-        return self._admit(now, self._drop(request))
+        return self._drop(request)
 
     def on_link_broken(self, now: float, link_id: str) -> list[Effect]:
         """A router is gone, and with it its requests."""
         self._timers.note(now)
         mine = [request for request in self._requests.values() if request.link_id == link_id]
         self.counters["lost_with_link"] += len(mine)
-        return self._admit(now, [effect for request in mine for effect in self._drop(request)])
+        return [effect for request in mine for effect in self._drop(request)]
 
     # ---- from sources, copies, and the clock
 
     def on_fetch_reply(self, now: float, call_id: str, reply: FetchReply) -> list[Effect]:
         """A message of a source."""
         self._timers.note(now)
-        return self._admit(now, self._puller.on_fetch_reply(now, call_id, reply))
+        return self._puller.on_fetch_reply(now, call_id, reply)
 
     def on_fetch_broken(self, now: float, call_id: str) -> list[Effect]:
         """A call was ended by the source or the network."""
         self._timers.note(now)
-        return self._admit(now, self._puller.on_fetch_broken(now, call_id))
+        return self._puller.on_fetch_broken(now, call_id)
 
     def on_local_unavailable(self, now: float, call_id: str) -> list[Effect]:
         """The memory named by Accepted(local) cannot be opened here: that source is called again, over gRPC."""
         self._timers.note(now)
-        return self._admit(now, self._puller.on_local_unavailable(now, call_id))
+        return self._puller.on_local_unavailable(now, call_id)
 
     def on_copied(self, now: float, copy_id: int, ok: bool) -> list[Effect]:
         """A copy ended; `ok` means that it was whole and its checksums passed. Exactly once per StartCopy."""
         self._timers.note(now)
-        return self._admit(now, self._puller.on_copied(now, copy_id, ok))
+        return self._puller.on_copied(now, copy_id, ok)
 
     def on_timer(self, now: float) -> list[Effect]:
         """To be called when next_timer() has come; earlier does no harm."""
@@ -171,7 +169,7 @@ class DecodeMachine:
                 effects.append(self._news(now, request))
             else:
                 effects += self._puller.on_timer(now, request, kind)
-        return self._admit(now, effects)
+        return effects
 
     # ---- from the rank
 
@@ -191,7 +189,7 @@ class DecodeMachine:
         for reply in events.replies:  # after the tokens: those of the last step belong to the request still
             if isinstance(reply, Paused) and (paused := self._by_engine_id.get(reply.request_id)) is not None:
                 effects += self._giving.on_paused(paused, reply)
-        return self._admit(now, effects + self._puller.on_free_blocks(events.load.num_free_blocks))
+        return effects + self._puller.on_free_blocks(events.load.num_free_blocks)
 
     def _on_reply(self, now: float, reply: Probed | Reserved | NoSpace) -> list[Effect]:
         request = self._by_engine_id.get(reply.request_id)
@@ -337,26 +335,13 @@ class DecodeMachine:
         """Choices that are at this worker, running or on their way."""
         return len(self._by_engine_id)
 
-    def _admit(self, now: float, effects: list[Effect]) -> list[Effect]:
-        """Begin with those who wait, in order, as far as rows of the batch are free."""
-        while self._queue:
-            head = next(iter(self._queue.values()))
-            num_active = self.num_live - sum(len(waiting.adds) for waiting in self._queue.values())
-            if num_active and num_active + len(head.adds) > self.info.max_num_seqs:
-                break
-            del self._queue[head.request_id]
-            effects = effects + self._puller.begin(now, head)
-        return effects
-
     def status(self) -> tuple[DecodeRequest, ...]:
         """The live requests."""
         return tuple(self._requests.values())
 
     def _drop(self, request: DecodeRequest) -> list[Effect]:
         effects: list[Effect]
-        if self._queue.pop(request.request_id, None) is not None:
-            effects = []
-        elif request.pulling:
+        if request.pulling:
             effects = self._puller.drop(request)
         else:
             effects = [ToEngine(command=Abort(request_id=engine_id)) for engine_id in request.running]

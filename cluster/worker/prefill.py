@@ -341,7 +341,7 @@ class PrefillMachine:
         if events.num_tokens and self._last_step_at is not None:
             ms = min(_MAX_MS_PER_TOKEN, (now - self._last_step_at) * 1000 / events.num_tokens)
             self._ms_per_token += (ms - self._ms_per_token) * 0.2 if self._ms_per_token else ms
-        busy = events.load.num_running or events.load.num_waiting or events.load.num_served
+        busy = events.load.num_assigned or events.load.num_served
         self._last_step_at = now if busy else None  # time without work is nobody's step
 
     def _turn_away(self, call_id: str, reply: FetchBusy | FetchMoved | FetchRefused) -> list[Effect]:

@@ -45,7 +45,7 @@ class SpaceLine:
     def on_free_blocks(self, num_free: int) -> list[Effect]:
         """If blocks have come free since the last NoSpace, the head asks again without waiting for its retry.
 
-        Only then: what was missing may have been a row of the batch, and asking at every step would keep the rank busy.
+        Only then: asking at every step would keep the rank busy.
         """
         before = num_free if self._least_free is None else self._least_free
         if num_free <= before or not self._line:

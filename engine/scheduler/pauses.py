@@ -1,6 +1,7 @@
 """Requests that are to go on elsewhere: they compute no more, and keep the KV that a peer can read until Abort.
 
 running  -> pausing    seat kept until the step in flight has landed: its tokens count, and it may end the request
+landed   -> paused     never ran
 pausing  -> paused     row given up, and all blocks but the cached ones of the longest prefix, which stay pinned
 waiting  -> paused     holds nothing
 A paused request wants no step and is never preempted.
@@ -27,7 +28,7 @@ def pause(book: RequestBook, request: Request) -> list[Paused]:
         book.waiting.remove(request)
         book.paused[request_id] = request
         return [Paused(request_id=request_id, num_held_tokens=0)]
-    del book.running[request_id]
+    del (book.running if request_id in book.running else book.landed)[request_id]
     book.pausing[request_id] = request
     return settle(book)
 

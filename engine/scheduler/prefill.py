@@ -24,17 +24,32 @@ def usable_match(seats: Seats, chain: HashChain, tokens: IntArray, num_usable: i
     return seats.blocks.match(chain.hash_blocks(tokens)[:cap])
 
 
-def open_seat(book: RequestBook, request: Request) -> Seat | None:
-    """A seat with blocks for all known tokens (whole, so that no two half-admitted ones wait for each other)."""
-    seats = book.seats
-    tokens = request.tokens()
-    matched = usable_match(seats, request.chain, tokens, request.num_scored if request.num_to_score > 0 else None)
-    num_new = -(-len(tokens) // seats.blocks.block_size) - len(matched)
-    if not seats.num_free_rows(served=False) or not seats.blocks.can_take(matched, num_new + book.headroom):
+def reserve_seat(book: RequestBook, request: Request) -> Seat | None:
+    """Blocks for all known tokens (whole, so that no two half-admitted ones wait for each other), and no row yet."""
+    blocks = _fitting_blocks(book, request)
+    if blocks is None:
         return None
-    seat = seats.open(matched, num_new, served=False)
+    seat = book.seats.reserve(*blocks)
     book.count_admission(request, seat.num_computed)
     return seat
+
+
+def _fitting_blocks(book: RequestBook, request: Request) -> tuple[list[int], int] | None:
+    """(cached blocks, number of new ones) of a request, if there are as many now."""
+    blocks, tokens = book.seats.blocks, request.tokens()
+    matched = usable_match(book.seats, request.chain, tokens, request.num_scored if request.num_to_score > 0 else None)
+    num_new = -(-len(tokens) // blocks.block_size) - len(matched)
+    return (matched, num_new) if blocks.can_take(matched, num_new + book.headroom) else None
+
+
+def start_landed(book: RequestBook) -> None:
+    """Rows for those whose KV has come. One is left to who waits longer and has room; `admit_waiting` comes after."""
+    while book.landed and (num_free := book.seats.num_free_rows(served=False)):
+        request = book.first_landed()
+        ahead = [one for one in book.waiting if one.queue_order < request.queue_order]
+        if len(ahead) >= num_free and _fitting_blocks(book, ahead[0]) is not None:
+            return
+        book.run(request)
 
 
 def schedule_running_prefills(running: list[Request], builder: BatchBuilder, *, only_pulled: bool = False) -> None:
@@ -53,9 +68,10 @@ def admit_waiting(book: RequestBook, builder: BatchBuilder) -> None:
     """Admit in order; the first that does not fit keeps the ones behind it waiting."""
     while book.waiting and builder.has_room:
         request = book.waiting[0]
-        seat = open_seat(book, request)
+        seat = reserve_seat(book, request) if book.seats.num_free_rows(served=False) else None
         if seat is None:
             return
+        book.seats.take_row(seat)
         book.waiting.popleft()
         book.note_admitted(request)
         request.seat = seat

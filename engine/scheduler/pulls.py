@@ -1,8 +1,8 @@
 """Requests whose prompt KV is pulled from a peer: Reserve, Commit, PullClosed, and the quarantine after an abort.
 
-Reserve     row and all blocks at once; matched READY, the others LOADING (a copy may write them)
+Reserve     all blocks at once; matched READY, the others LOADING (a copy may write them)
 Commit      LOADING -> READY, cached
-PullClosed  nothing writes any more: the request runs, from num_computed_tokens on
+PullClosed  nothing writes any more: the request runs when a row is free, from num_computed_tokens on
 abort       READY blocks released, LOADING ones QUARANTINED until PullClosed
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from engine.kv.block_manager import BlockState
 from engine.messages import Commit, NoSpace, PullClosed, Reserve, Reserved
-from engine.scheduler.prefill import open_seat
+from engine.scheduler.prefill import reserve_seat
 from engine.scheduler.request_book import RequestBook, RequestRefusedError
 from engine.scheduler.request_state import Request, Seat
 
@@ -41,7 +41,7 @@ class Pulls:
             return NoSpace(request_id=request_id, never=True)
         if self._book.must_wait(request):
             return NoSpace(request_id=request_id)
-        seat = open_seat(self._book, request)
+        seat = reserve_seat(self._book, request)
         if seat is None:
             return NoSpace(request_id=request_id)
         self._book.note_admitted(request)
@@ -69,7 +69,7 @@ class Pulls:
             self._blocks.commit(seat.block_ids[i], keys[i], checksum)
 
     def closed(self, command: PullClosed) -> None:
-        """Let the request run, or end the quarantine of one that was aborted. Unknown ids are ignored."""
+        """Let the request run soon, or end the quarantine of one that was aborted. Unknown ids are ignored."""
         quarantined = self._quarantined.pop(command.request_id, None)
         if quarantined is not None:
             self._blocks.end_quarantine(quarantined)
@@ -82,7 +82,7 @@ class Pulls:
             self._blocks.end_quarantine(self._quarantined.pop(command.request_id))
             raise ValueError(f"{command.num_computed_tokens} computed tokens are not within [0, {request.num_tokens})")
         del self._book.pulling[command.request_id]
-        self._book.running[command.request_id] = request
+        self._book.landed[command.request_id] = request
         request.pulled = True
         self._start_from(request, command.num_computed_tokens)
 
@@ -115,7 +115,7 @@ class Pulls:
         seat = _seat(request)
         ready = [b for b in seat.block_ids if self._blocks.state(b) is BlockState.READY]
         loading = [b for b in seat.block_ids if self._blocks.state(b) is BlockState.LOADING]
-        self._book.seats.give_back_row(seat)
+        self._book.seats.end_reservation(seat)
         self._blocks.release(ready)
         self._blocks.quarantine(loading)
         self._quarantined[request.request_id] = loading

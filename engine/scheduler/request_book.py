@@ -1,8 +1,9 @@
 """All own requests by state, with the moves between states that everybody needs: admit to the queue, preempt, finish.
 
 waiting  no seat                      Add, or preempted (in front)
-pulling  seat, no steps               Reserve .. PullClosed
-running  seat, steps                  admitted, or PullClosed
+pulling  blocks, no row, no steps     Reserve .. PullClosed
+landed   blocks, no row, no steps     PullClosed .. a row is free
+running  seat, steps                  admitted, or landed
 pausing  seat, one step in flight     Pause
 paused   no seat, pinned blocks       nothing is in flight any more .. Abort
 """
@@ -40,6 +41,7 @@ class RequestBook:
         self.counters = counters
         self.waiting: deque[Request] = deque()  # in the order of admission
         self.pulling: dict[str, Request] = {}
+        self.landed: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
         self.pausing: dict[str, Request] = {}
         self.paused: dict[str, Request] = {}
@@ -52,7 +54,7 @@ class RequestBook:
 
     def find(self, request_id: str) -> Request | None:
         """The request with this id in any state."""
-        for state in (self.running, self.pulling, self.pausing, self.paused):
+        for state in (self.running, self.pulling, self.landed, self.pausing, self.paused):
             if request_id in state:
                 return state[request_id]
         return next((request for request in self.waiting if request.request_id == request_id), None)
@@ -105,8 +107,19 @@ class RequestBook:
         return sorted(self.running.values(), key=_BY_ORDER if self._has_priorities else _BY_ARRIVAL)
 
     def last_in_order(self) -> Request:
-        """The running request that is preempted first."""
-        return max(self.running.values(), key=_BY_ORDER)
+        """The request that is preempted first: running, or waiting for a row with blocks of its own."""
+        return max((*self.running.values(), *self.landed.values()), key=_BY_ORDER)
+
+    def first_landed(self) -> Request:
+        """The one that gets the next free row."""
+        return min(self.landed.values(), key=_BY_ORDER)
+
+    def run(self, request: Request) -> None:
+        """Let one that has landed have a row; see Seats.num_free_rows."""
+        assert request.seat is not None, f"{request.request_id} landed without blocks"
+        del self.landed[request.request_id]
+        self.seats.take_row(request.seat)
+        self.running[request.request_id] = request
 
     def enqueue(self, request: Request) -> None:
         """Let a request wait, at its place in the order of admission (most often the end)."""
@@ -132,9 +145,9 @@ class RequestBook:
         return any(one.preempted or one.urgent or one.priority < request.priority for one in self.waiting)
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's seat; its landed outputs stay, what is in flight is dropped and sampled again."""
+        """Take a running or landed request's seat; its outputs stay, what is in flight is dropped and sampled again."""
         assert request.seat is not None, f"{request.request_id} is preempted without a seat"
-        del self.running[request.request_id]
+        del (self.running if request.request_id in self.running else self.landed)[request.request_id]
         self.seats.close(request.seat)
         request.seat = None
         request.preempted = True
@@ -144,7 +157,7 @@ class RequestBook:
 
     def remove(self, request: Request) -> None:
         """Forget a request whose pull is not open (finished or aborted); give up its seat, or what it holds paused."""
-        for state in (self.running, self.pausing, self.paused):
+        for state in (self.running, self.landed, self.pausing, self.paused):
             if state.pop(request.request_id, None) is not None:
                 break
         else:

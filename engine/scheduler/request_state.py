@@ -3,7 +3,8 @@
     Seat (row + block table):   [ 0 .... num_landed | in flight | num_computed .... ]     KV positions
     Request tokens:             [ prompt | outputs (landed) | num_sampling in flight ]
 
-A request without a seat waits; preemption takes the seat and keeps the landed outputs.
+A request without a seat waits; preemption takes the seat and keeps the landed outputs. One whose KV is pulled has a
+seat without a row until it runs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def parse_tokens(data: bytes, vocab_size: int) -> IntArray:
     if tokens.view(np.uint32).max() >= vocab_size:  # a negative id is a huge one
         raise ValueError(f"token ids must be in [0, {vocab_size})")
     return tokens
+
+
+NO_ROW = -1  # of a seat whose prompt is pulled, until it runs
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -39,7 +39,7 @@ from engine.scheduler.batch_builder import BatchBuilder
 from engine.scheduler.decode import schedule_decode
 from engine.scheduler.landing import Landed, land_step
 from engine.scheduler.pauses import pause
-from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, usable_match
+from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, start_landed, usable_match
 from engine.scheduler.profile import Scales
 from engine.scheduler.pulls import Pulls
 from engine.scheduler.request_book import RequestBook, RequestRefusedError
@@ -80,7 +80,13 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         """Whether anything could want a step: pulls, paused requests and fully offered calls do not."""
-        return bool(self._book.waiting or self._book.running or self._served.wants_compute)
+        book = self._book
+        return bool(book.waiting or book.running or book.landed or self._served.wants_compute)
+
+    def lacks_row(self, request_id: str) -> bool:
+        """Whether a request waits for its turn in the batch: its KV is here, or it is to compute it."""
+        request = self._book.find(request_id)
+        return request is not None and (request_id in self._book.landed or request in self._book.waiting)
 
     @property
     def num_served_started(self) -> int:
@@ -155,6 +161,7 @@ class Scheduler:
             max_tokens=self._config.max_batched_tokens,
             block_size=self.blocks.block_size,
         )
+        start_landed(self._book)
         schedule_decode(self._book, builder)
         running = self._book.in_order()
         schedule_running_prefills(running, builder, only_pulled=True)
@@ -190,7 +197,7 @@ class Scheduler:
         queued = computed = 0
         for request in self._book.waiting:
             queued += request.num_tokens
-        for request in self._book.running.values():
+        for request in (*self._book.running.values(), *self._book.landed.values()):
             seat = request.seat
             if seat is not None:
                 left = request.num_scheduled_tokens - seat.num_computed
@@ -203,8 +210,9 @@ class Scheduler:
         blocks, counters, book = self.blocks, self._counters, self._book
         queued_tokens, context_tokens = self._own_tokens()
         return Load(
-            num_running=len(book.running) + len(book.pulling),
-            num_waiting=len(book.waiting),
+            num_running=len(book.running),
+            num_waiting=len(book.waiting) + len(book.landed),
+            num_pulling=len(book.pulling),
             num_served=len(self._served),
             queued_tokens=queued_tokens + self._served.queued_tokens,
             num_blocks=blocks.num_usable,

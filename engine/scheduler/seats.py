@@ -1,5 +1,8 @@
 """Rows and blocks of everything that computes, and the rule that neither is given back while a launched step may
 still touch it: a puller must never get a block that a kernel may still write.
+
+A seat of a pull has blocks only: it gets a row when its request is to run, so prompts that are computed elsewhere
+keep nobody out of the batch.
 """
 
 from __future__ import annotations
@@ -7,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.kv.block_manager import BlockManager
-from engine.scheduler.request_state import Seat
+from engine.scheduler.request_state import NO_ROW, Seat
 
 
 class Seats:
@@ -32,12 +35,23 @@ class Seats:
 
     def open(self, matched: Sequence[int], num_new: int, *, served: bool) -> Seat:
         """Take a row, pin `matched` cached blocks (checked by `can_take`) and allocate `num_new` more."""
-        rows = self._served_rows if served else self._own_rows
-        assert rows, "no free row: check num_free_rows first"
+        seat = self.reserve(matched, num_new, served=served)
+        self.take_row(seat)
+        return seat
+
+    def reserve(self, matched: Sequence[int], num_new: int, *, served: bool = False) -> Seat:
+        """`open` without a row."""
         self.blocks.acquire(matched, served=served)
         block_ids = list(matched) + self.blocks.allocate(num_new, served=served)
         num_cached = len(matched) * self.blocks.block_size
-        return Seat(row=rows.pop(), served=served, block_ids=block_ids, num_computed=num_cached, num_landed=num_cached)
+        return Seat(row=NO_ROW, served=served, block_ids=block_ids, num_computed=num_cached, num_landed=num_cached)
+
+    def take_row(self, seat: Seat) -> None:
+        """Give a reserved seat its row."""
+        rows = self._served_rows if seat.served else self._own_rows
+        assert rows, "no free row: check num_free_rows first"
+        assert seat.row == NO_ROW, f"a seat takes a second row beside {seat.row}"
+        seat.row = rows.pop()
 
     def extend_match(self, seat: Seat, keys: Sequence[bytes]) -> None:
         """Swap blocks of a seat that has computed nothing for ones that were cached since it was opened."""
@@ -65,12 +79,11 @@ class Seats:
         else:
             self._give_back(seat)
 
-    def give_back_row(self, seat: Seat) -> None:
-        """End a seat whose blocks the caller has dealt with; no step ever touched it."""
-        assert not seat.closed and seat.last_step < 0, "only a seat that never ran is ended this way"
+    def end_reservation(self, seat: Seat) -> None:
+        """End a seat whose blocks the caller has dealt with; it never had a row."""
+        assert not seat.closed and seat.row == NO_ROW, "only a reserved seat is ended this way"
         seat.closed = True
         seat.block_ids = []
-        self._give_back(seat)
 
     def landed(self, step: int) -> None:
         """All kernels up to `step` have completed."""
@@ -85,4 +98,5 @@ class Seats:
 
     def _give_back(self, seat: Seat) -> None:
         self.blocks.release(seat.block_ids, served=seat.served)
-        (self._served_rows if seat.served else self._own_rows).append(seat.row)
+        if seat.row != NO_ROW:
+            (self._served_rows if seat.served else self._own_rows).append(seat.row)

@@ -20,6 +20,7 @@ from cluster.bench.roles.setting import Hardware, tables_of
 from cluster.router.accuracy import Accuracy
 from cluster.router.policies.predicted import MAX_DECODERS_COMPARED, MAX_SOURCES_COMPARED
 from cluster.router.predict import ALONE, REMOTE
+from cluster.worker.admission import PLACES_PER_ROW
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -38,11 +39,11 @@ class Placed:
 
 @dataclass(kw_only=True)
 class _Source:
-    """The best source. first_ms: until its KV is at the decode worker."""
+    """The best source. ready_ms: until its KV is at the decode worker."""
 
     worker: int
     compute_ms: float
-    first_ms: float
+    ready_ms: float
 
 
 @dataclass(slots=True)
@@ -53,9 +54,14 @@ class _Decoder:
     running: int
     step_ms: float
     tpot_ms: float
-    wait_ms: float
+    row_wait_ms: float
+    memory_wait_ms: float
     slows_ms: float
     least_ms: float
+
+    def wait_ms(self, ready_ms: float) -> float:
+        """For a prompt that is computed elsewhere for so long: Predictor.remote; 0 ms by itself: alone."""
+        return max(self.memory_wait_ms, self.row_wait_ms - ready_ms)
 
 
 class Placer:
@@ -75,7 +81,7 @@ class Placer:
         names = [name for name, _ in self._kinds]
         self._kind = np.array([names.index(one.name) for one in hardware], dtype=np.intp)
         self._most = np.array([one.max_num_seqs for one in hardware], dtype=np.intp)
-        self._capacity = self._most + np.maximum(2, self._most // 4)  # cluster/worker/admission.py
+        self._capacity = PLACES_PER_ROW * self._most
         self._least_most = int(self._most.min())
         widest = int(self._most.max())
         self._tables = np.array(
@@ -142,16 +148,18 @@ class Placer:
             return Placed(decode=best.worker, source=-1, ttft_ms=0.0, overhead_ms=0.0, work_ms=0.0)
         wanted = job.prompt + job.produced - 1
         source = self._soonest(now, wanted, min(job.done, wanted))
+        overhead_ms = self.accuracy.overheads.get(REMOTE, 0.0)
         more = max(0.0, num_outputs - 1)
         best_cost, chosen, is_alone = math.inf, near[0], True
         for one in near:
-            own_ms = one.wait_ms + one.tpot_ms * more + one.slows_ms
+            own_ms = one.tpot_ms * more + one.slows_ms
             first_ms, work_ms = self._alone_ms(now, one, job)
-            cost_ms = own_ms + first_ms + one.running * work_ms
+            cost_ms = own_ms + one.wait_ms(0.0) + first_ms + one.running * work_ms
             if cost_ms < best_cost:
                 best_cost, chosen, is_alone = cost_ms, one, True
             if source is not None:
-                cost_ms = own_ms + source.first_ms + one.step_ms + one.tpot_ms
+                wait_ms = one.wait_ms(source.ready_ms)
+                cost_ms = own_ms + wait_ms + source.ready_ms + one.step_ms + one.tpot_ms + overhead_ms
                 if cost_ms < best_cost:
                     best_cost, chosen, is_alone = cost_ms, one, False
         return self._placed(now, chosen, job, None if is_alone else source)
@@ -170,18 +178,18 @@ class Placer:
         step_ms = np.where(running > 0, table[index, running] + keys_ms, 0.0)
         tpot_ms = table[index, with_us] + keys_ms + slope * (num_tokens + num_outputs / 2)
         answer_ms = num_outputs * tpot_ms
-        wait_ms = np.maximum(0, rows + 1 - most) * answer_ms / most
+        row_wait_ms = np.maximum(0, rows + 1 - most) * answer_ms / most
         is_full = (running > 0) & (num_tokens + num_outputs > self.free_tokens[index])
-        if is_full.any():
-            wait_ms = np.where(is_full, np.maximum(wait_ms, answer_ms / np.maximum(running, 1)), wait_ms)
+        memory_wait_ms = np.where(is_full, answer_ms / np.maximum(running, 1), 0.0)
         others = with_us - 1
         without_ms = np.where(others == running, step_ms, table[index, others] + np.where(others > 0, keys_ms, 0.0))
         slows_ms = others * num_outputs * np.maximum(0.0, tpot_ms - without_ms)
-        return _least(index, running, step_ms, tpot_ms, wait_ms, slows_ms, wait_ms + answer_ms + slows_ms)
+        least_ms = np.maximum(row_wait_ms, memory_wait_ms) + answer_ms + slows_ms
+        return _least(index, running, step_ms, tpot_ms, row_wait_ms, memory_wait_ms, slows_ms, least_ms)
 
     def _costs_with_room(
         self, index: Indices, rows: Indices, mine: float, num_outputs: float
-    ) -> tuple[Array, Array, Array, Array, Array]:
+    ) -> tuple[Array, Array, Array, Array, Array, Array]:
         """The same where no batch and no memory is full, which is most of the time: half the work."""
         slope = self._row_key_ms[index]
         keys_ms = slope * (self.keys[index] + self.others_keys[index]) * (rows > 0)
@@ -190,7 +198,8 @@ class Placer:
         step_ms = flat[at] + keys_ms
         tpot_ms = flat[at + 1] + keys_ms + slope * mine
         slows_ms = rows * (num_outputs * np.maximum(0.0, tpot_ms - step_ms))
-        return step_ms, tpot_ms, np.zeros(len(index)), slows_ms, num_outputs * tpot_ms + slows_ms
+        none = np.zeros(len(index))
+        return step_ms, tpot_ms, none, none, slows_ms, num_outputs * tpot_ms + slows_ms
 
     def backlog_ms(self, now: float, index: Indices) -> Array:
         """Predicted time until new prefill work would begin: cluster/router/backlog.py."""
@@ -214,11 +223,9 @@ class Placer:
         for at in some:
             worker = int(index[at])
             compute_ms = kinds[self._kind[worker]]
-            first_ms = float(ready_ms[at]) + self.transfer_ms(worker, wanted, compute_ms)
-            if best is None or first_ms < best.first_ms:
-                best = _Source(worker=worker, compute_ms=compute_ms, first_ms=first_ms)
-        assert best is not None, "there is a source"
-        best.first_ms += self.accuracy.overheads.get(REMOTE, 0.0)
+            there_ms = float(ready_ms[at]) + self.transfer_ms(worker, wanted, compute_ms)
+            if best is None or there_ms < best.ready_ms:
+                best = _Source(worker=worker, compute_ms=compute_ms, ready_ms=there_ms)
         return best
 
     def transfer_ms(self, source: int, moved: int, compute_ms: float) -> float:
@@ -248,17 +255,19 @@ class Placer:
         return queue_ms + compute_ms + num_steps * riding_ms + one.step_ms / 2 + overhead_ms, compute_ms
 
     def _placed(self, now: float, one: _Decoder, job: Job, source: _Source | None) -> Placed:
+        kind = ALONE if source is None else REMOTE
+        overhead_ms = self.accuracy.overheads.get(kind, 0.0)
         if source is None:
             first_ms, work_ms = self._alone_ms(now, one, job)
-            kind, worker = ALONE, -1
+            first_ms += one.wait_ms(0.0)
         else:
-            first_ms, work_ms = source.first_ms + one.step_ms + one.tpot_ms, source.compute_ms
-            kind, worker = REMOTE, source.worker
+            steps_ms, work_ms = one.step_ms + one.tpot_ms, source.compute_ms
+            first_ms = one.wait_ms(source.ready_ms) + source.ready_ms + steps_ms + overhead_ms
         return Placed(
             decode=one.worker,
-            source=worker,
-            ttft_ms=one.wait_ms + first_ms,
-            overhead_ms=self.accuracy.overheads.get(kind, 0.0),
+            source=-1 if source is None else source.worker,
+            ttft_ms=first_ms,
+            overhead_ms=overhead_ms,
             work_ms=work_ms,
         )
 

@@ -102,7 +102,7 @@ class Point(_message.Message):
     def __init__(self, count: _Optional[int] = ..., ms: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_served", "queued_tokens", "num_blocks", "num_free_blocks", "num_referenced_blocks", "num_quarantined_blocks", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens", "context_tokens", "prefill_scale", "decode_scale", "num_paused")
+    __slots__ = ("num_running", "num_waiting", "num_served", "queued_tokens", "num_blocks", "num_free_blocks", "num_referenced_blocks", "num_quarantined_blocks", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens", "context_tokens", "prefill_scale", "decode_scale", "num_paused", "num_pulling")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_SERVED_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class Load(_message.Message):
     PREFILL_SCALE_FIELD_NUMBER: _ClassVar[int]
     DECODE_SCALE_FIELD_NUMBER: _ClassVar[int]
     NUM_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULLING_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_served: int
@@ -137,7 +138,8 @@ class Load(_message.Message):
     prefill_scale: float
     decode_scale: float
     num_paused: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_served: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_referenced_blocks: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., num_paused: _Optional[int] = ...) -> None: ...
+    num_pulling: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_served: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_referenced_blocks: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., prefill_scale: _Optional[float] = ..., decode_scale: _Optional[float] = ..., num_paused: _Optional[int] = ..., num_pulling: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "logprobs", "prompt_logprobs", "allowed_token_ids", "bad_token_sequences")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.control.capacity import ATTAINABLE, HELD_PROMPTS, Capacity, Work, capacity_of
 from cluster.control.observation import WorkerSeen
+from cluster.worker.admission import PLACES_PER_ROW
 from engine.messages import Load
 from engine.scheduler.profile import Profile, Table
 from tests.cluster.control.seen import profile, traffic, worker
@@ -65,7 +66,8 @@ def test_the_rows_of_a_decode_worker_are_the_most_whose_step_is_within_the_targe
         fitting = [n for n in range(1, 101) if one.decode_step_ms(n, n * context) <= found.tpot_ms + 1e-6]
         answers = [(n, WORK.output_tokens * one.decode_step_ms(n, n * context)) for n in fitting[-2:]]
         held_ms = HELD_PROMPTS * found.typical_prefill_ms
-        rates = [1000 * min(n / answer_ms, 100 / (held_ms + answer_ms)) for n, answer_ms in answers]
+        places = PLACES_PER_ROW * 100
+        rates = [1000 * min(n / answer_ms, places / (held_ms + answer_ms)) for n, answer_ms in answers]
         assert per_s == pytest.approx(rates[-1] if rates else 0.0, rel=1e-3) or any(
             per_s == pytest.approx(rate) for rate in rates
         )
@@ -85,15 +87,19 @@ def test_the_batch_and_the_kv_memory_bound_the_rows() -> None:
     tight = worker("b-0", "decode", load=Load(num_blocks=660))  # ten contexts of 1050 tokens
     found = capacity(roomy, tight)
     assert list(found.rows) == [100, 10]
-    held_ms = HELD_PROMPTS * found.typical_prefill_ms  # a place is taken while the prompt is computed elsewhere
-    expected = [1000 * 100 / (held_ms + 100 * 30.0), 1000 * 10 / (held_ms + 100 * 12.0)]
+    held_ms = (
+        HELD_PROMPTS * found.typical_prefill_ms
+    )  # memory is held while the prompt is computed elsewhere, rows aren't
+    expected = [1000 * 100 / (100 * 30.0), 1000 * 10 / (held_ms + 100 * 12.0)]
     assert found.decode == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_longer_prompts_take_elsewhere_the_less_a_small_batch_decodes() -> None:
     decode, fast, slow = (worker(name, "decode", profile=profile(prefill=prefill)) for name, prefill in
                           (("d-0", 1), ("p-0", 1), ("p-1", 8)))  # fmt: skip
-    assert capacity(decode, slow).decode[0] < capacity(decode, fast).decode[0]
+    brief = replace(WORK, output_tokens=5.0)  # more than half of its time is its prompt's
+    assert capacity(decode, slow, work=brief).decode[0] < capacity(decode, fast, work=brief).decode[0]
+    assert capacity(decode, slow).decode[0] == capacity(decode, fast).decode[0], "twice the batch has places"
 
 
 def test_more_prefill_workers_may_be_busier() -> None:

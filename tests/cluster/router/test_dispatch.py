@@ -189,18 +189,18 @@ def test_a_cancel_aborts_and_says_nothing_more() -> None:
 
 def test_requests_wait_in_order_while_every_decode_worker_is_full() -> None:
     d = dispatcher("d1")
-    placed = [len(to(d.on_submit(0.0, submit(f"r{i}")))) for i in range(9)]
-    assert placed == [1] * 6 + [0] * 3, "a batch of 4 and a queue of 2"
+    placed = [len(to(d.on_submit(0.0, submit(f"r{i}")))) for i in range(11)]
+    assert placed == [1] * 8 + [0] * 3, "a batch of 4, and 4 whose prompts are computed meanwhile"
     ((_, dispatch),) = to(say(d, tokens(0, 5, finish=True, rid="r3")))
-    assert dispatch.request_id == "r6"
+    assert dispatch.request_id == "r8"
     ((_, dispatch),) = to(d.on_cancel(1.0, "r0"))
-    assert dispatch.request_id == "r7"
+    assert dispatch.request_id == "r9"
 
 
 def test_what_others_run_there_counts_too() -> None:
     d = dispatcher("d1")
     d.on_submit(0.0, submit("mine"))
-    d.on_heartbeat(0.5, Heartbeat(info=info("d1"), load=Load(num_running=4, num_waiting=2)))
+    d.on_heartbeat(0.5, Heartbeat(info=info("d1"), load=Load(num_running=4, num_waiting=2, num_pulling=2)))
     assert to(d.on_submit(0.6, submit("next"))) == []
     ((_, dispatch),) = to(d.on_heartbeat(1.0, Heartbeat(info=info("d1"), load=Load(num_running=4))))
     assert dispatch.request_id == "next"

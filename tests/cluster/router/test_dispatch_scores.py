@@ -91,9 +91,9 @@ def test_missing_positions_end_the_request() -> None:
 
 
 def test_whoever_waits_is_placed_by_priority() -> None:
-    d = dispatcher(info("d1", max_num_seqs=1))  # room for three
+    d = dispatcher(info("d1", max_num_seqs=2))  # room for four
     plain = SamplingParams(max_tokens=8)
-    for index in range(3):
+    for index in range(4):
         assert dispatches(d.on_submit(1.0, submit(f"first-{index}", params=plain)))
     for name, priority in (("low", 5), ("high", -1), ("middle", 0)):
         assert not dispatches(d.on_submit(1.0, submit(name, params=plain, priority=priority)))

@@ -77,7 +77,7 @@ class Scenario:
 
     def __init__(self, row: Row, *, source_host: str, deadline: float = 1000.0) -> None:
         self.row = row
-        crowded = row.stage == "queued"
+        crowded = row.stage == "waiting for row"
         full = row.stage == "waiting for space"
         engine = fake(
             max_num_seqs=2 if crowded else 8,
@@ -105,7 +105,7 @@ class Scenario:
 
     def _prepare(self) -> None:
         sim, stage = self.sim, self.row.stage
-        if stage == "queued":
+        if stage == "waiting for row":
             for _ in range(2):
                 self._add_background(40, max_tokens=400)
             sim.run_for(0.1)
@@ -153,8 +153,9 @@ class Scenario:
         sim, said = self.sim, self.sim.journal.has
         decode = sim.workers["decode-1"].decode
         match self.row.stage:
-            case "queued":
-                return any(status.request_id == "target" for status in decode.status())
+            case "waiting for row":
+                landed = said("decode-1", "ToEngine PullClosed d:target")
+                return landed and sim.workers["decode-1"].core.load().num_waiting == 1
             case "probing":
                 return said("decode-1", "ToEngine Probe d:target")
             case "waiting for source":
@@ -305,7 +306,7 @@ def check_quarantine(sim: SimCluster, at: float) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "stalls" in row.event], ids=lambda row: row.stage)
 def test_stall_is_found_within_3_s(row: Row) -> None:
-    if row.event == "source stalls" and row.stage in ("first token", "streaming"):
+    if row.event == "source stalls" and row.stage in ("waiting for row", "first token", "streaming"):
         return  # the source has nothing to do with the request any more
     scenario, at = run_row(row)
     who, word = ("router-1", "DropLink decode-1") if row.event == "D stalls" else ("decode-1", "CloseFetch d:target")
@@ -319,7 +320,15 @@ def test_stall_is_found_within_3_s(row: Row) -> None:
 def test_table_covers_every_reachable_pair() -> None:
     """The stages that the issue names, each with the client leaving; and every event that this harness knows."""
     stages = {row.stage for row in ROWS if row.event == "client abort"}
-    assert stages >= {"queued", "waiting for source", "copying", "first token", "streaming", "last token", "done"}
+    assert stages >= {
+        "waiting for row",
+        "waiting for source",
+        "copying",
+        "first token",
+        "streaming",
+        "last token",
+        "done",
+    }
     assert {row.event.removeprefix("late copy, ") for row in ROWS} == set(EVENTS)
 
 

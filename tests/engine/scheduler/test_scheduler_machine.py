@@ -23,6 +23,7 @@ from engine.config import EngineConfig, Role
 from engine.fake_engine import ArrayMemory, FakeConfig, FakeRunner, build_fake_engine
 from engine.kv.block_manager import BlockState
 from engine.request import FinishReason, SamplingParams
+from engine.scheduler.request_state import NO_ROW
 from engine.scheduler.step_cost import StepCost
 from tests.engine.scheduler.expected import BASES, BLOCK, MODEL, Call, Expected, keys_of, kv_of, tokens_bytes
 
@@ -338,13 +339,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             call.check_pieces(self.memory)
         scheduler = self.scheduler
         book, seats = scheduler._book, list(scheduler._seats._closing)
-        seated = [*book.running.values(), *book.pulling.values(), *book.pausing.values()]
+        seated = [*book.running.values(), *book.pulling.values(), *book.landed.values(), *book.pausing.values()]
         seats += [request.seat for request in seated if request.seat]
         seats += [call.seat for call in scheduler._served._calls.values()]
         refs = Counter(block_id for seat in seats for block_id in seat.block_ids)
         for request_id in self.paused():
             refs.update(self.requests[request_id].pinned(blocks))
-        assert len({seat.row for seat in seats}) == len(seats), "two requests have one row"
+        rows = [seat.row for seat in seats if seat.row != NO_ROW]
+        assert len(set(rows)) == len(rows), "two requests have one row"
+        assert all(request.seat.row == NO_ROW for request in (*book.pulling.values(), *book.landed.values()))
         for block_id in range(1, blocks.num_usable + 1):
             assert blocks.num_refs(block_id) == refs[block_id]
             assert refs[block_id] <= 1 or blocks.state(block_id) is BlockState.READY, "a block has two writers"
@@ -375,7 +378,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.core.has_work and not self.reserving
         assert all(expected.ended for expected in self.requests.values()), "a request never ended"
         load = self.core.load()
-        assert (load.num_running, load.num_waiting, load.num_served, load.num_paused) == (0, 0, 0, 0)
+        assert (load.num_assigned, load.num_served, load.num_paused) == (0, 0, 0)
         assert (load.num_referenced_blocks, load.num_quarantined_blocks) == (0, 0)
         assert load.num_free_blocks == load.num_blocks
 
