@@ -81,6 +81,16 @@ def test_a_full_batch_is_waited_for() -> None:
     assert alone(asked, worker("d1", num_sequences=9)).wait_ms == pytest.approx(2 * full.wait_ms)
 
 
+def test_a_row_is_waited_for_while_the_prompt_is_computed_elsewhere_but_memory_is_needed_before() -> None:
+    asked, full = request(1001, num_outputs=400), worker("d1", num_sequences=8)
+    row_ms = alone(asked, full).wait_ms
+    quick, slow = (worker("p1", backlog_ms=backlog_ms, rates=rate("d1")) for backlog_ms in (0.0, row_ms))
+    assert remote(asked, full, quick).wait_ms == pytest.approx(row_ms - 102.0 - 2.0)
+    assert remote(asked, full, slow).wait_ms == 0.0
+    tight = worker("d1", num_sequences=8, num_free_blocks=64)
+    assert remote(asked, tight, slow).wait_ms == pytest.approx(400 * remote(asked, tight, slow).tpot_ms / 8)
+
+
 def test_a_full_pool_is_waited_for() -> None:
     asked = request(1001, num_outputs=40)  # 65 blocks of 16
     room, full = (alone(asked, worker("d1", num_sequences=4, num_free_blocks=free)) for free in (66, 64))
