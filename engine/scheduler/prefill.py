@@ -42,14 +42,17 @@ def _fitting_blocks(book: RequestBook, request: Request) -> tuple[list[int], int
     return (matched, num_new) if blocks.can_take(matched, num_new + book.headroom) else None
 
 
-def start_landed(book: RequestBook) -> None:
+def start_landed(book: RequestBook) -> list[Request]:
     """Rows for those whose KV has come. One is left to who waits longer and has room; `admit_waiting` comes after."""
+    started: list[Request] = []
     while book.landed and (num_free := book.seats.num_free_rows(served=False)):
         request = book.first_landed()
         ahead = [one for one in book.waiting if one.queue_order < request.queue_order]
         if len(ahead) >= num_free and _fitting_blocks(book, ahead[0]) is not None:
-            return
+            break
         book.run(request)
+        started.append(request)
+    return started
 
 
 def schedule_running_prefills(running: list[Request], builder: BatchBuilder, *, only_pulled: bool = False) -> None:
@@ -65,7 +68,13 @@ def schedule_running_prefills(running: list[Request], builder: BatchBuilder, *, 
 
 
 def admit_waiting(book: RequestBook, builder: BatchBuilder) -> None:
-    """Admit in order; the first that does not fit keeps the ones behind it waiting."""
+    """Admit in order; the first that does not fit keeps the ones behind it waiting.
+
+    Before them those with blocks of their own, as decoding may have preempted somebody and freed a row just now.
+    """
+    for request in start_landed(book):
+        assert request.seat is not None, f"{request.request_id} runs without a seat"
+        add_chunk(request, request.seat, builder)
     while book.waiting and builder.has_room:
         request = book.waiting[0]
         seat = reserve_seat(book, request) if book.seats.num_free_rows(served=False) else None

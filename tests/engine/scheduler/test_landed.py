@@ -74,6 +74,17 @@ def test_the_newest_loses_its_blocks_first_although_it_does_not_run() -> None:
     assert text(events, "b") == MODEL.oracle(PROMPT[20:84], SHORT)
 
 
+def test_a_row_that_a_preemption_frees_is_taken_in_the_same_step() -> None:
+    long = SamplingParams(temperature=0.0, max_tokens=60)
+    core = build(num_blocks=8, max_num_seqs=1)
+    run(core, Reserve(add=add("b", PROMPT[20:84], SHORT)))
+    events = run(core, add("a", PROMPT[:20], long), num_steps=2)
+    core.submit(PullClosed(request_id="b", num_computed_tokens=0))
+    events += run(core)
+    assert order(events) == ["b", "a"] and core.load().num_preemptions == 1, "otherwise nothing would ever run again"
+    assert text(events, "a") == MODEL.oracle(PROMPT[:20], long)
+
+
 @pytest.mark.parametrize("end", [Pause, Abort])
 def test_one_that_never_ran_can_move_or_end(end: type[Pause] | type[Abort]) -> None:
     core = build(max_num_seqs=1)
