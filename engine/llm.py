@@ -35,7 +35,7 @@ from engine.scheduler.batch import TokenLogprobs
 from engine.text.bad_words import bad_token_sequences
 from engine.text.generation_defaults import read_generation_defaults
 from engine.text.tokenizer import Tokenizer
-from engine.tiny.random_checkpoint import default_checkpoint
+from engine.tiny.embedded import EMBEDDED_CHECKPOINT
 
 _log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
@@ -60,8 +60,8 @@ class RequestOutput:
 class LLM:
     """An engine with its tokenizer. Not thread-safe. Usable as a context manager; `close` frees its memory.
 
-    `model` is a checkpoint's folder or a Hugging Face id (`revision`: its branch, tag or commit); without it a small
-    random checkpoint is made under ~/.cache/neap: it answers noise, but everything works.
+    `model` is a checkpoint's folder or a Hugging Face id (`revision`: its branch, tag or commit); without it, the
+    small model that comes with the package (engine/tiny/README.md says what it can answer).
     `options` are the fields of EngineConfig (max_model_len, dtype, device, max_num_seqs, threads, kv_cache_bytes, ...);
     those of FastDeploy's and vLLM's LLM are understood as engine/foreign_options.py lists them.
     `seed` is where the seeds of requests without one come from. Raises ValueError for wrong options or checkpoints.
@@ -72,8 +72,7 @@ class LLM:
         options, notices = translate(options, known)
         if notices:
             _log.warning("no meaning here, ignored: %s", ", ".join(notices))
-        given = _fetched(str(model), revision) if model is not None else None
-        path = given or default_checkpoint(Path.home() / ".cache" / "neap")
+        path = _fetched(str(model), revision) if model is not None else EMBEDDED_CHECKPOINT
         self.tokenizer = Tokenizer.load(path)
         self.default_sampling_params = read_generation_defaults(path)
         self._engine = build_engine(EngineConfig(model=str(path), **options))

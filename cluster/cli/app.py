@@ -48,7 +48,7 @@ def serve(
 ) -> None:
     """Start a cluster on this machine (or on a Ray cluster) and serve a model until ctrl-C.
 
-    Without MODEL a small random one is made. Later ones win: --config FILE, flags, --set.
+    Without MODEL the small one that comes with neap. Later ones win: --config FILE, flags, --set.
 
     Options of FastDeploy's and vLLM's commands are understood too (dashes or
     underscores): what has no meaning here is told, what is not built yet refused.

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from cluster.cli.chat import printable
 from cluster.config.environment import api_key as key_from_environment
-from cluster.config.environment import cache_dir
 from engine.evaluation.report import Outcome, SkillFigures, as_json, chosen_skills, figures, points_lost, questions
 from engine.models.hub import lines_of_progress, model_folder
+from engine.tiny.embedded import EMBEDDED_CHECKPOINT
 from engine.tiny.skills.example import Example
 from engine.tiny.skills.rendering import answer_text
 
@@ -107,11 +107,7 @@ def _measure(model: str, examples: Sequence[Example]) -> None:
 
 
 def _folder(model: str) -> Path:
-    from engine.tiny.random_checkpoint import default_checkpoint
-
-    if model:
-        return model_folder(model, progress=lines_of_progress(model, _tell))
-    return default_checkpoint(cache_dir())
+    return model_folder(model, progress=lines_of_progress(model, _tell)) if model else EMBEDDED_CHECKPOINT
 
 
 def _tell(line: str) -> None:

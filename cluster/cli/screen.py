@@ -18,6 +18,7 @@ from cluster.control.controller import Snapshot
 from cluster.control.router_client import RouterClient
 
 LINE_EVERY_S = 10.0
+QUESTION = "What is the capital of France?"  # the embedded model knows it too
 
 
 class Screen(Protocol):
@@ -61,7 +62,7 @@ class Rates:
 
 def curl_line(client: RouterClient, model: str) -> str:
     """A request to copy. The key is named, not shown."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32})
     key = " -H 'authorization: Bearer '$NEAP_API_KEY" if client.api_key else ""
     return f"curl {client.url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
 

@@ -1,4 +1,4 @@
-"""Writes random ERNIE 4.5 checkpoints in the HF `-PT` layout: for tests, for benches, for serving without a model."""
+"""Writes random ERNIE 4.5 checkpoints in the HF `-PT` layout: for tests and benches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.tiny.byte_tokenizer import write_byte_tokenizer
 from engine.tiny.checkpoint_files import Draw, write_checkpoint_files
 from engine.tiny.tensor_specs import DType, TensorSpec, checkpoint_tensors
 
@@ -52,7 +51,6 @@ _MOE: dict[str, Any] = {
     "moe_layer_interval": 1,
     "moe_norm_min": 1e-12,
 }
-_DEFAULT_NAME = "random-moe-1"
 
 
 def make_random_checkpoint(
@@ -79,30 +77,6 @@ def make_random_checkpoint(
     write_checkpoint_files(path, list(checkpoint_tensors(values, dtype)), drawn(seed), num_shards)
     (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     return path
-
-
-def default_checkpoint(cache_dir: Path) -> Path:
-    """The checkpoint that is served without a model: a small MoE with a byte-level tokenizer, made once."""
-    return made_once(cache_dir / _DEFAULT_NAME, _make_default)
-
-
-def _make_default(path: Path) -> None:
-    make_random_checkpoint(
-        path,
-        model_type="ernie4_5_moe",
-        vocab_size=write_byte_tokenizer(path),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        moe_num_experts=8,
-        moe_k=2,
-        moe_intermediate_size=256,
-        moe_num_shared_experts=2,
-    )
 
 
 def made_once(final: Path, make: Callable[[Path], None]) -> Path:

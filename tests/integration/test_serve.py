@@ -20,9 +20,12 @@ import openai
 import psutil
 import pytest
 
+from engine.tiny.skills import held_out
+
 READY_S = 110.0
 END_S = 60.0
-QUESTION: Any = [{"role": "user", "content": "What is neap tide?"}]
+(EXAMPLE,) = held_out("lookup-100", 1)  # long enough to be worth another worker's while
+QUESTION: Any = list(EXAMPLE.messages[:-1])
 
 
 class Serving:
@@ -106,7 +109,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-def answers_the_openai_sdk(server: Serving) -> None:
+def answers_the_openai_sdk(server: Serving, *, rightly: bool = True) -> None:
     """Streamed and whole answers are the same text, made by a prefill and a decode worker."""
     with server.client() as client:
         (model,) = client.models.list().data
@@ -121,6 +124,7 @@ def answers_the_openai_sdk(server: Serving) -> None:
             if chunk.choices
         ]
         assert "".join(pieces) == answer.choices[0].message.content
+        assert not rightly or "".join(pieces) == EXAMPLE.answer, "the exact fake knows nothing"
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="another", messages=QUESTION)
 
@@ -150,17 +154,17 @@ def test_processes_serve_the_default_model_and_ctrl_c_leaves_nothing(home: Path)
             ("decode-0", "decode", "ready"),
             ("prefill-0", "prefill", "ready"),
         ]
-        assert server.neap("chat", "--max-tokens", "8", stdin="Hello")
+        assert "Paris" in server.neap("chat", "--max-tokens", "8", stdin="What is the capital of France?")
         assert server.end(signal.SIGINT) == 0
         assert list(home.glob("neap-*")) == []  # nothing went wrong, so no logs are kept
 
 
 @pytest.mark.timeout(300)
 def test_a_killed_worker_is_told_and_comes_back_and_a_killed_serve_takes_all_with_it(home: Path) -> None:
-    with serving(home, "--backend", "process", "--require-prefill", "--set", "fake.vocab_size=320") as server:
+    with serving(home, "--backend", "process", "--require-prefill", "--set", "fake.vocab_size=3072") as server:
         server.wait_until_ready()
         loses_a_worker_and_gets_it_back(server, "prefill-0")
-        answers_the_openai_sdk(server)
+        answers_the_openai_sdk(server, rightly=False)
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
 
 

@@ -71,7 +71,7 @@ def asked(home: Path, path: str, body: dict[str, str]) -> tuple[int, dict[str, A
 
 @pytest.mark.timeout(300)
 def test_streams_keep_their_text_while_roles_change_and_a_lost_prefill_worker_is_replaced(tmp_path: Path) -> None:
-    fake = ["--set", "pools.1.workers=2", "--set", "fake.vocab_size=320", "--set", "fake.fixed_ms=20"]
+    fake = ["--set", "pools.1.workers=2", "--set", "fake.vocab_size=3072", "--set", "fake.fixed_ms=20"]
     calm = ["--roles-ttft-ms", "60000", "--roles-tpot-ms", "1000"]  # the planner has no other reason to change anything
     with serving(tmp_path, "--backend", "process", *fake, *calm) as server:
         server.wait_until_ready()

@@ -1,9 +1,9 @@
 """The same comparison with real processes: `neap serve` over exact fakes whose steps sleep, so two cores carry several.
 
 What the model leaves out is in here: gRPC, event loops, real hand-offs, real changes of roles with their canaries, and
-whatever else the machine does; so figures vary. Lengths are scaled down, the rates so that each phase loads the workers
-by `load` of what ideally divided ones could do, as reckoned for the simulator. The load is this cluster's share of what a
-large one would get: its requests are drawn for `of` workers, with all their burstiness, and some of them kept at random.
+whatever else the machine does; so figures vary. Lengths are scaled down, the rates so that each phase loads the
+workers by `load` of what ideally divided ones could do, as reckoned for the simulator. The load is this cluster's
+share of what a large one would get: requests are drawn for `of` workers, with all their burstiness, and some kept.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _GOODPUT = ("goodput_per_s", "goodput_tokens_per_s")
 class ProcessOptions:
     """A step takes step_ms and token_ms per token. Prompts and answers are scaled and cut; times in the units named.
 
-    `load` is the share of what the workers could do, each dividing its time as the phase needs it; the TPOT target is as
-    far above a full batch's step as that of the simulated hardware (roles.json: 50 of 34 ms).
+    `load` is the share of what the workers could do, each dividing its time as the phase needs it; the TPOT target is
+    as far above a full batch's step as that of the simulated hardware (roles.json: 50 of 34 ms).
     """
 
     workers: int = 8

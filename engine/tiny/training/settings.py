@@ -61,7 +61,7 @@ class Settings:
     threads: int = 2
     eval_questions: int = 20  # of each skill
     eval_length: int = 800  # longer questions are left to `neap eval`
-    tokens: int = 24_000_000  # of the whole run: rates and curriculum follow them, not the clock
+    tokens: int = 20_000_000  # of the whole run: rates and curriculum follow them, not the clock
 
     def progress(self, num_tokens: int) -> float:
         """In [0, 1] after so many tokens; 1 is done."""
