@@ -137,7 +137,7 @@ def _row(name: str, correct: int, asked: int, contained: int, failed: int) -> li
 
 
 def _change(lost: dict[str, float], skill: str) -> list[str]:
-    return [f"{-lost[skill]:+.1f}"] if skill in lost else []
+    return [f"{0.0 - lost[skill]:+.1f}"] if skill in lost else []
 
 
 def _show_wrong(found: Sequence[SkillFigures]) -> None:
