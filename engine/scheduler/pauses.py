@@ -28,7 +28,7 @@ def pause(book: RequestBook, request: Request) -> list[Paused]:
         book.waiting.remove(request)
         book.paused[request_id] = request
         return [Paused(request_id=request_id, num_held_tokens=0)]
-    del (book.running if request_id in book.running else book.landed)[request_id]
+    book.take_out(request)
     book.pausing[request_id] = request
     return settle(book)
 

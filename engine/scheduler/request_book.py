@@ -144,10 +144,14 @@ class RequestBook:
         """Whether a request that waits has a better right to free blocks than one that asks for some now."""
         return any(one.preempted or one.urgent or one.priority < request.priority for one in self.waiting)
 
+    def take_out(self, request: Request) -> None:
+        """Of the running, or of those that landed; its seat is the caller's to deal with."""
+        del (self.running if request.request_id in self.running else self.landed)[request.request_id]
+
     def preempt(self, request: Request) -> None:
         """Take a running or landed request's seat; its outputs stay, what is in flight is dropped and sampled again."""
         assert request.seat is not None, f"{request.request_id} is preempted without a seat"
-        del (self.running if request.request_id in self.running else self.landed)[request.request_id]
+        self.take_out(request)
         self.seats.close(request.seat)
         request.seat = None
         request.preempted = True
