@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.control import plan_words as say
-from cluster.control.capacity import Array, Capacity, Work, capacity_of
+from cluster.control.capacity import Array, Capacity, Work, as_array, capacity_of
 from cluster.control.observation import Observation, WorkerSeen
 from cluster.control.split import Splits, held_rows, needs_of
 from cluster.spec import RolesSpec
@@ -293,11 +293,16 @@ class _Relief:
 
 def _costs_ms(ready: tuple[WorkerSeen, ...], capacity: Capacity | None) -> dict[Role, Array]:
     """What each worker's change costs: the switch, and moving its running requests, or queued prompts begun anew."""
-    held = [(w.load.context_tokens * w.info.profile.kv_token_bytes, w.gb_per_s, w.load.queued_tokens) for w in ready]
-    held_bytes, gb_per_s, queued_tokens = np.array(held, dtype=np.float64).T
+    held_bytes, gb_per_s, queued_tokens = as_array([_held(w) for w in ready]).T
     moved_ms = held_bytes / (gb_per_s * 1e6)
     again_ms = queued_tokens * (0.0 if capacity is None else capacity.ms_per_token)
     return {"prefill": TO_PREFILL_MS + moved_ms, "decode": TO_DECODE_MS + again_ms}
+
+
+def _held(worker: WorkerSeen) -> tuple[float, ...]:
+    """Bytes of KV, GB/s that they would move at, tokens of queued prompts."""
+    kv_bytes = worker.load.context_tokens * worker.info.profile.kv_token_bytes
+    return kv_bytes, worker.gb_per_s, worker.load.queued_tokens
 
 
 def _over_mean(values: Array) -> Array:
