@@ -1,14 +1,15 @@
-"""What the parts of the cluster say to each other, as frozen dataclasses.
+"""What the parts of the cluster say to each other.
 
 Protobuf exists only on the wire; cluster/rpc/convert.py is the one place that turns these into it and back. The state
 machines (router/dispatch.py, worker/decode.py, worker/prefill.py) take and return these and nothing else, so they run
 unchanged over gRPC and under the virtual clock. Times `now` are seconds of a monotonic clock; the wire carries only
 remaining milliseconds. Token ids are int32 little-endian bytes.
+
+Messages are Structs: several are made for each step of a request, and a frozen dataclass takes eight times as long.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -33,8 +34,7 @@ CACHE_KEY_BYTES = SHORT_KEY_BYTES  # of a block's chained hash, on the link
 OBSERVER_LAG_S = 1.0  # an observer that itself slept longer than this resets its timers first
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerInfo:
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker is; see WorkerInfo in proto/messages.proto for every field."""
 
     worker_id: str
@@ -55,11 +55,10 @@ class WorkerInfo:
     pool: str = ""
     node: str = ""
     pid: int = 0
-    profile: Profile = field(default_factory=Profile)
+    profile: Profile = msgspec.field(default_factory=Profile)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceRef:
+class SourceRef(msgspec.Struct, frozen=True, kw_only=True):
     """A worker that may be asked for KV. max_compute_tokens: -1 all it takes, 0 only what it holds."""
 
     worker_id: str
@@ -71,8 +70,7 @@ class SourceRef:
 # ---- the link, router -> worker
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """One continuation of a prompt; `outputs` were accepted from earlier attempts."""
 
     index: int
@@ -80,8 +78,7 @@ class Choice:
     outputs: bytes = b""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     """A request, or its continuation, for one decode worker (named by incarnation and epoch)."""
 
     request_id: str
@@ -98,16 +95,14 @@ class Dispatch:
     moved: bool = False  # given away by another worker: not to be moved again before its first token here
 
 
-@dataclass(frozen=True, kw_only=True)
-class AbortRequest:
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Drop a request. Overtakes prompts."""
 
     request_id: str
     attempt: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Release:
+class Release(msgspec.Struct, frozen=True, kw_only=True):
     """The router no longer needs what a moved request left behind."""
 
     request_id: str
@@ -120,10 +115,7 @@ RouterMessage = Dispatch | AbortRequest | Release
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """New tokens of one choice. `position` counts outputs from 0. `path` comes with the first tokens of an attempt.
-
-    A Struct, because one is made per token at both ends of a link: a frozen dataclass takes ten times as long (3 us).
-    """
+    """New tokens of one choice. `position` counts outputs from 0. `path` comes with the first tokens of an attempt."""
 
     request_id: str
     attempt: int
@@ -137,8 +129,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     path: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class News:
+class News(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request stands before its first token."""
 
     request_id: str
@@ -148,8 +139,7 @@ class News:
     queue_ms: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt is over at this worker. `code` is of cluster/errors.py, or "refused" / "busy": dispatch again."""
 
     request_id: str
@@ -158,8 +148,7 @@ class Failed:
     message: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
     """The worker gives the request away: no more tokens of this attempt come, at whatever position it stands.
 
     KV of its first `held_tokens` tokens stays pinned there until Release, the deadline, or the link's end.
@@ -170,8 +159,7 @@ class Moved:
     held_tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFailed:
+class SourceFailed(msgspec.Struct, frozen=True, kw_only=True):
     """A source failed this attempt's decode worker, which goes on without it."""
 
     request_id: str
@@ -181,8 +169,7 @@ class SourceFailed:
     reason: SourceFailure
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheNews:
+class CacheNews(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks that came into, and left, a worker's prefix cache: CACHE_KEY_BYTES of each chained hash, concatenated.
 
     With `reset`, `stored` is all that it holds. It belongs to no request.
@@ -195,8 +182,7 @@ class CacheNews:
     attempt: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptScores:
+class PromptScores(msgspec.Struct, frozen=True, kw_only=True):
     """Logprobs of prompt tokens [first_position, ...), in order and before any Tokens. Position 0 has none."""
 
     request_id: str
@@ -208,8 +194,7 @@ class PromptScores:
 Entry = Tokens | PromptScores | News | Failed | Moved | SourceFailed | CacheNews
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeerRate:
+class PeerRate(msgspec.Struct, frozen=True, kw_only=True):
     """How fast a worker's KV reaches a peer: latency_ms + bytes / (gb_per_s * 1e6) milliseconds."""
 
     peer_id: str
@@ -218,12 +203,11 @@ class PeerRate:
     latency_ms: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Heartbeat:
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """Sent by the I/O side of a worker, engine hung or not. step_age_ms is 0 when no step runs."""
 
     info: WorkerInfo
-    load: Load = field(default_factory=Load)
+    load: Load = msgspec.field(default_factory=Load)
     step_count: int = 0
     step_age_ms: int = 0
     peers: tuple[PeerRate, ...] = ()
@@ -232,8 +216,7 @@ class Heartbeat:
 # ---- KVSource.Fetch
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchOpen:
+class FetchOpen(msgspec.Struct, frozen=True, kw_only=True):
     """First message of a call; see proto/kv_source.proto."""
 
     call_id: str
@@ -253,8 +236,7 @@ class FetchOpen:
     transports: tuple[Transport, ...] = ("local", "grpc")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalMemory:
+class LocalMemory(msgspec.Struct, frozen=True, kw_only=True):
     """The source's KV memory for a same-host receiver (engine/kv/memory.py)."""
 
     path: str
@@ -262,8 +244,7 @@ class LocalMemory:
     num_blocks: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchAccepted:
+class FetchAccepted(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     end_tokens: int
     queue_ms: int
@@ -271,32 +252,27 @@ class FetchAccepted:
     local: LocalMemory | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchBusy:
+class FetchBusy(msgspec.Struct, frozen=True, kw_only=True):
     retry_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchMoved:
+class FetchMoved(msgspec.Struct, frozen=True, kw_only=True):
     """Not here any more; without `to` the receiver asks its next source."""
 
     to: SourceRef | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchRefused:
+class FetchRefused(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchNews:
+class FetchNews(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens: int
     queue_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """Some blocks of the sequence, ready to be read. Fenced by (call_id, source_incarnation); one checksum per block.
 
     The machines make it without payload; the gRPC connector fills `payload` in at the source.
@@ -317,16 +293,14 @@ class Piece:
     first_layer: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchOfferedAll:
+class FetchOfferedAll(msgspec.Struct, frozen=True, kw_only=True):
     """Every piece was sent. The blocks stay pinned until the receiver ends the call."""
 
 
 FetchReply = FetchAccepted | FetchBusy | FetchMoved | FetchRefused | FetchNews | Piece | FetchOfferedAll
 
 
-@dataclass(frozen=True, kw_only=True)
-class FetchTaken:
+class FetchTaken(msgspec.Struct, frozen=True, kw_only=True):
     """All pieces up to this index have landed at the receiver."""
 
     call_id: str
@@ -336,8 +310,7 @@ class FetchTaken:
 # ---- Switch
 
 
-@dataclass(frozen=True, kw_only=True)
-class SwitchRequest:
+class SwitchRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Change the role; with `role` None give everything away and stay draining. Refused unless both fences match."""
 
     incarnation: str
@@ -349,8 +322,7 @@ class SwitchRequest:
 SwitchOutcome = Literal["switched", "drained", "rolled_back", "refused"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SwitchReply:
+class SwitchReply(msgspec.Struct, frozen=True, kw_only=True):
     """How a switch ended. Durations in milliseconds from the decision to the publication; `canary_ms` is part of it."""
 
     outcome: SwitchOutcome

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -158,15 +159,13 @@ class ArrayMemory:
         return self.bytes6[block_id, :, :, :, :num_tokens, :]
 
 
-@dataclass(slots=True, kw_only=True)
-class _Row:
+class _Row(msgspec.Struct, kw_only=True):
     start: RowStart
     tokens: list[int]
     table: list[int]
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class FakeStep:
+class FakeStep(msgspec.Struct, kw_only=True, eq=False):
     """A launched step of the fake; its KV is written when it is waited for (or at launch, see FakeRunner)."""
 
     runner: FakeRunner

@@ -11,11 +11,12 @@ take what the exact fake's speed says, up to 10 % more or less. neap bench route
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.bench.report import percentile
 from cluster.router.effects import Submit

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
+
+from msgspec.structs import replace
 
 from cluster.control.router_client import RouterClient, RouterError
 from cluster.traffic import Traffic, added

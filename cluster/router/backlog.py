@@ -6,11 +6,10 @@ the others start when it is reported done. So an error stays with one request an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt's part. `ms` is predicted."""
 
     num_tokens: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from cluster.router.policies import Placement
 from cluster.router.predict import Prediction
@@ -11,8 +12,7 @@ from cluster.router.predict import Prediction
 MAX_OTHERS_TOLD = 3
 
 
-@dataclass(kw_only=True, eq=False)
-class Decision:
+class Decision(msgspec.Struct, kw_only=True, eq=False):
     """What was chosen at `at` (monotonic seconds), for which reasons; what was real is filled in later."""
 
     request_id: str
@@ -31,7 +31,7 @@ class Decision:
     tpot_ms: float | None = None
     cached_tokens: int | None = None
     path: str | None = None
-    failed: dict[str, str] = field(default_factory=dict)  # sources that failed this very attempt -> reason
+    failed: dict[str, str] = {}  # sources that failed this very attempt -> reason
 
     @property
     def source(self) -> str | None:

@@ -12,16 +12,13 @@ Dispatcher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from cluster.types import Path, PromptScores, RouterMessage, Stage, Tokens
 from engine.request import SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the HTTP side hands it over. `deadline` is monotonic seconds; one seed per choice.
 
     Lower `priority` is sooner.

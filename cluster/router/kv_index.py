@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from cluster.types import CACHE_KEY_BYTES, CacheNews
 from engine.kv.prefix_cache import root_key
@@ -23,8 +24,7 @@ _TICK_BITS = 40
 _TICKS = (1 << _TICK_BITS) - 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefixHint:
+class PrefixHint(msgspec.Struct, frozen=True, kw_only=True):
     """What the index says of one prompt. `held` is blocks by worker; `tick` is when it was asked."""
 
     keys: tuple[int, ...]

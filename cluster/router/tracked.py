@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.router.decision import Decision
 from cluster.router.effects import Submit
@@ -29,18 +29,16 @@ class HistoryItem(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
 
 
-@dataclass(kw_only=True, eq=False)
-class ChoiceState:
+class ChoiceState(msgspec.Struct, kw_only=True, eq=False):
     """One continuation: what was accepted, whatever the attempt."""
 
     index: int
     seed: int
-    outputs: list[int] = field(default_factory=list)
+    outputs: list[int] = []
     finished: bool = False
 
 
-@dataclass(kw_only=True, eq=False)
-class Tracked:
+class Tracked(msgspec.Struct, kw_only=True, eq=False):
     """One live request."""
 
     request_id: str  # the server's id
@@ -55,11 +53,11 @@ class Tracked:
     retry_at: float = 0.0
     num_retries: int = 0  # refused or busy, since it was last accepted
     numerics_class: str = ""  # of the worker that made its last tokens
-    avoid: set[str] = field(default_factory=set)
+    avoid: set[str] = set()
     answered: bool = False  # any token of the current attempt was accepted
     path: Path | None = None
     num_scores: int = 0  # prompt tokens after the first whose logprobs were accepted
-    history: deque[HistoryItem] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
+    history: deque[HistoryItem] = msgspec.field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
 
     @property
     def num_tokens(self) -> int:

@@ -159,9 +159,9 @@ class Chaos:
 
     def _crash_again(self, moment: Moment, left: int) -> None:
         worker = self._sim.live_worker(moment.worker_id)
-        if worker is None or (moment.request_id, worker.info.incarnation) in self._crashed:
+        if worker is None or (moment.request_id, worker.incarnation) in self._crashed:
             return  # another choice of it came to the same stage
-        self._crashed.add((moment.request_id, worker.info.incarnation))
+        self._crashed.add((moment.request_id, worker.incarnation))
         self._poisoned[moment.request_id, moment.stage] = left - 1
         if left == 1:
             self._report(f"{moment.request_id} crashes worker after worker")
@@ -217,7 +217,7 @@ class Chaos:
         if worker is None:
             return
         restart_s = self._rng.choice((0.05, 0.3, 1.5))
-        self._disturbed(worker.info.incarnation)
+        self._disturbed(worker.incarnation)
         self._sim.kill_worker(worker_id, restart_after_s=restart_s)
         self._over_at(restart_s)
 
@@ -225,20 +225,20 @@ class Chaos:
         for_s = self._rng.choice((0.3, 1.2, 1.2, 2.5, 2.5, LONG_STAND_S))
         if for_s == LONG_STAND_S:
             self.stands_since = self._sim.clock.now
-        self._disturbed(worker.info.incarnation)
+        self._disturbed(worker.incarnation)
         self._sim.freeze_rank(worker.config.worker_id, for_s)
         self._over_at(for_s)
 
     def _stop(self, worker: SimWorker) -> None:
         for_s = self._rng.choice((0.3, 1.2, 2.2, 4.0))
-        self._disturbed(worker.info.incarnation)
+        self._disturbed(worker.incarnation)
         self._sim.freeze_worker(worker.config.worker_id, for_s)
         self._over_at(for_s)
 
     def _part(self, one: SimProcess, two: SimProcess, workers: Sequence[SimWorker], *, both_ways: bool = True) -> None:
         for_s = self._rng.choice((0.3, 1.0, 2.2, 3.5))
         for worker in workers:
-            self._disturbed(worker.info.incarnation)
+            self._disturbed(worker.incarnation)
         self._sim.journal.note(self._sim.clock.now, one.name, f"is cut off from {two.name} for {for_s} s")
         self._sim.network.partition(one.name, two.name, for_s, both_ways=both_ways)
         self._over_at(for_s, DETECTED_S)
@@ -252,7 +252,7 @@ class Chaos:
         self._part(one, two, [d] if with_r else [], both_ways=False)
 
     def _break(self, moment: Moment) -> None:
-        self._disturbed(self._d(moment).info.incarnation)
+        self._disturbed(self._d(moment).incarnation)
         self._r(moment).break_link(moment.worker_id)
         self._over_at(0.0)
 
@@ -279,7 +279,7 @@ class Chaos:
         self._over_at(for_s)
 
     def _lag_d(self, moment: Moment) -> None:
-        self._disturbed(self._d(moment).info.incarnation)
+        self._disturbed(self._d(moment).incarnation)
         self._lag(self._d(moment).process)
 
     def _registry(self, *, forget: bool) -> None:

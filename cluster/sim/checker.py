@@ -23,7 +23,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 from cluster.errors import REFUSED
-from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, ToWorker
+from cluster.router.effects import Deliver, DropLink, Ended, ToWorker
 from cluster.sim.cluster import SimCluster
 from cluster.sim.owners import BlockOwners
 from cluster.sim.router import SimResult, SimRouter
@@ -45,11 +45,17 @@ class Checker:
         self.violations: list[str] = []
         self.num_checks = 0
         self._owners: dict[str, BlockOwners] = {}
-        self._checks: dict[type, Callable[[SimWorker, Any], None]] = {
-            StartCopy: lambda worker, effect: self._owners[worker.info.incarnation].copy_started(effect),
+        self.checks: dict[type, Callable[[SimWorker, Any], None]] = {  # 2; 3: the shadow learns of copies; 6, 7
+            StartCopy: lambda worker, effect: self._owners[worker.incarnation].copy_started(effect),
             Publish: lambda worker, effect: self.on_info(effect.info),
             SendEntry: self._on_entry,
             SendSwitchReply: self._on_switch_reply,
+        }
+        self.router_checks: dict[type, Callable[[SimRouter, Any], None]] = {  # 4, 8
+            Deliver: self._on_deliver,
+            ToWorker: self._on_message,
+            DropLink: self._on_given_up,
+            Ended: self._on_ended,
         }
         self._workers: dict[str, SimWorker] = {}
         self._hung: dict[tuple[str, str], int] = {}  # (router, incarnation): the step at which its engine stood
@@ -72,8 +78,8 @@ class Checker:
 
     def on_worker(self, worker: SimWorker) -> None:
         """Watch its blocks and what it is asked."""
-        self._owners[worker.info.incarnation] = BlockOwners(worker, self.report)
-        self._workers[worker.info.incarnation] = worker
+        self._owners[worker.incarnation] = BlockOwners(worker, self.report)
+        self._workers[worker.incarnation] = worker
         self._watch_dispatches(worker)
         self._watch_calls(worker)
         self._watch_switches(worker)
@@ -88,12 +94,6 @@ class Checker:
         if info.epoch < self._epochs.get(info.incarnation, 0):
             self.report(f"{info.worker_id}: epoch {info.epoch} after {self._epochs[info.incarnation]}")
         self._epochs[info.incarnation] = info.epoch
-
-    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
-        """2; 3: the shadow learns of copies; 6, 7."""
-        check = self._checks.get(type(effect))
-        if check is not None:
-            check(worker, effect)
 
     def _on_entry(self, worker: SimWorker, effect: SendEntry) -> None:
         failed = effect.entry
@@ -113,33 +113,36 @@ class Checker:
         """3: the copy has reported."""
         self._owners[incarnation].copy_ended(effect)
 
-    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
-        """4."""
-        if isinstance(effect, Deliver):
-            self.num_checks += 1
-            tokens = effect.tokens
-            came = (router.router_id, router.speaker, tokens.attempt)
-            if self._last.get(tokens.request_id) != came:
-                self.report(f"{tokens.request_id}: tokens of {came}, dispatched to {self._last.get(tokens.request_id)}")
-        elif isinstance(effect, ToWorker):
-            if isinstance(effect.message, Dispatch):
-                dispatch = effect.message
-                older = self._last.get(dispatch.request_id)
-                if older is not None and older[2] >= dispatch.attempt:
-                    self.report(f"{dispatch.request_id}: attempt {dispatch.attempt} after {older[2]}")
-                stood_at = self._hung.get((router.router_id, dispatch.incarnation))
-                if stood_at is not None and self._workers[dispatch.incarnation].num_steps == stood_at:
-                    self.report(f"{dispatch.request_id} is sent to {effect.worker_id}, whose engine still stands")
-                self._last[dispatch.request_id] = (router.router_id, dispatch.incarnation, dispatch.attempt)
-                self._ran_on.setdefault(dispatch.request_id, set()).add(dispatch.incarnation)
-        elif isinstance(effect, DropLink):
-            incarnation = router.linked_to(effect.worker_id)
-            if "stood" in effect.reason:
-                self._hung[router.router_id, incarnation] = self._workers[incarnation].num_steps
-            if incarnation not in self._disturbed:
-                self.report(f"{router.router_id} gives up {effect.worker_id}, which nothing hit: {effect.reason}")
-            self._disturbed.add(incarnation)
-        elif isinstance(effect, Ended) and effect.code == "internal_error":
+    def _on_deliver(self, router: SimRouter, effect: Deliver) -> None:
+        self.num_checks += 1
+        tokens = effect.tokens
+        came = (router.router_id, router.speaker, tokens.attempt)
+        if self._last.get(tokens.request_id) != came:
+            self.report(f"{tokens.request_id}: tokens of {came}, dispatched to {self._last.get(tokens.request_id)}")
+
+    def _on_message(self, router: SimRouter, effect: ToWorker) -> None:
+        dispatch = effect.message
+        if not isinstance(dispatch, Dispatch):
+            return
+        older = self._last.get(dispatch.request_id)
+        if older is not None and older[2] >= dispatch.attempt:
+            self.report(f"{dispatch.request_id}: attempt {dispatch.attempt} after {older[2]}")
+        stood_at = self._hung.get((router.router_id, dispatch.incarnation))
+        if stood_at is not None and self._workers[dispatch.incarnation].num_steps == stood_at:
+            self.report(f"{dispatch.request_id} is sent to {effect.worker_id}, whose engine still stands")
+        self._last[dispatch.request_id] = (router.router_id, dispatch.incarnation, dispatch.attempt)
+        self._ran_on.setdefault(dispatch.request_id, set()).add(dispatch.incarnation)
+
+    def _on_given_up(self, router: SimRouter, effect: DropLink) -> None:
+        incarnation = router.linked_to(effect.worker_id)
+        if "stood" in effect.reason:
+            self._hung[router.router_id, incarnation] = self._workers[incarnation].num_steps
+        if incarnation not in self._disturbed:
+            self.report(f"{router.router_id} gives up {effect.worker_id}, which nothing hit: {effect.reason}")
+        self._disturbed.add(incarnation)
+
+    def _on_ended(self, router: SimRouter, effect: Ended) -> None:
+        if effect.code == "internal_error":
             self.report(f"{effect.request_id} ends with internal_error: {effect.message}")
 
     def _watch_dispatches(self, worker: SimWorker) -> None:

@@ -8,7 +8,7 @@ from itertools import count
 
 
 class VirtualClock:
-    """Seconds from 0. Nothing passes but by `step` and `run_until`.
+    """Seconds from 0. Nothing passes but by `run_while` and `run_until`.
 
     After `most_steps` callbacks (negative: any number) RuntimeError is raised: the simulation never rests.
     """
@@ -27,21 +27,20 @@ class VirtualClock:
         """Run something after a delay."""
         self.at(self.now + delay_s, run)
 
-    def step(self, until: float = float("inf")) -> bool:
-        """Run the next callback if it is due by `until`. Returns whether there was one."""
+    def run_while(self, condition: Callable[[], bool] | None, until: float) -> bool:
+        """Run what is due by `until`, callback by callback, while `condition` holds. Returns whether it ended."""
         heap = self._heap
-        if not heap or heap[0][0] > until:
-            return False
-        if self.most_steps == 0:
-            raise RuntimeError("the simulation never rests")
-        self.most_steps -= 1
-        self.now, _, run = heappop(heap)
-        run()
+        while condition is None or condition():
+            if not heap or heap[0][0] > until:
+                return False
+            if self.most_steps == 0:
+                raise RuntimeError("the simulation never rests")
+            self.most_steps -= 1
+            self.now, _, run = heappop(heap)
+            run()
         return True
 
     def run_until(self, when: float) -> None:
         """Run everything that is due by `when`, and stop there."""
-        step = self.step
-        while step(when):
-            pass
+        self.run_while(None, when)
         self.now = max(self.now, when)

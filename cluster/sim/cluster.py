@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,18 +43,13 @@ class SimConfig:
 
 
 class Watcher(Protocol):
-    """Sees everything that workers and routers do, just before they do it."""
+    """Sees what workers and routers do, just before they do it: the effects of the types that it has a check for."""
+
+    checks: dict[type, Callable[[SimWorker, Any], None]]
+    router_checks: dict[type, Callable[[SimRouter, Any], None]]
 
     def on_worker(self, worker: SimWorker) -> None:
         """A worker starts."""
-        ...
-
-    def on_effect(self, worker: SimWorker, effect: Effect) -> None:
-        """Of a worker."""
-        ...
-
-    def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
-        """Of a router."""
         ...
 
     def on_info(self, info: WorkerInfo) -> None:
@@ -67,9 +62,9 @@ class SimCluster:
 
     def __init__(self, config: SimConfig, watchers: Sequence[Watcher] = ()) -> None:
         self.config = config
-        self.watchers = watchers
         self.clock = VirtualClock()
         self.journal = Journal()
+        self._journals = config.journal
         self.faults = Faults()
         self.memories: dict[str, tuple[str, ArrayMemory]] = {}
         self._rng = Random(config.seed)
@@ -85,10 +80,22 @@ class SimCluster:
         self._num_coming = 0
         self._incarnations: dict[str, SimWorker] = {}
         self.routers: list[SimRouter] = []  # dead ones too: their clients' results
+        self.watch(*watchers)
         for worker in config.workers:
             self.start_worker(worker)
         for _ in range(config.num_routers):
             self.start_router()
+
+    def watch(self, *watchers: Watcher) -> None:
+        """From now on these see what happens, and no others."""
+        self._watchers = watchers
+        self._checks: dict[type, list[Callable[[SimWorker, Any], None]]] = {}
+        self._router_checks: dict[type, list[Callable[[SimRouter, Any], None]]] = {}
+        for watcher in watchers:
+            for kind, check in watcher.checks.items():
+                self._checks.setdefault(kind, []).append(check)
+            for kind, router_check in watcher.router_checks.items():
+                self._router_checks.setdefault(kind, []).append(router_check)
 
     # ---- World and RouterWorld
 
@@ -109,22 +116,22 @@ class SimCluster:
     def publish(self, info: WorkerInfo) -> None:
         """A worker's entry of the registry."""
         self.registry.publish(info)
-        for watcher in self.watchers:
+        for watcher in self._watchers:
             watcher.on_info(info)
 
     def on_effect(self, worker: SimWorker, effect: Effect) -> None:
         """For the journal and the watchers."""
-        if self.config.journal:
+        if self._journals:
             self.journal.note(self.clock.now, worker.info.worker_id, describe(effect))
-        for watcher in self.watchers:
-            watcher.on_effect(worker, effect)
+        for check in self._checks.get(type(effect), ()):
+            check(worker, effect)
 
     def on_router_effect(self, router: SimRouter, effect: RouterEffect) -> None:
         """For the journal and the watchers."""
-        if self.config.journal:
+        if self._journals:
             self.journal.note(self.clock.now, router.router_id, describe(effect))
-        for watcher in self.watchers:
-            watcher.on_router_effect(router, effect)
+        for check in self._router_checks.get(type(effect), ()):
+            check(router, effect)
 
     # ---- what happens to it
 
@@ -132,8 +139,8 @@ class SimCluster:
         """Start a worker, or start it again: a new incarnation with an empty pool."""
         worker = SimWorker(self, config, f"{self._rng.getrandbits(128):032x}")
         self.workers[config.worker_id] = worker
-        self._incarnations[worker.info.incarnation] = worker
-        for watcher in self.watchers:
+        self._incarnations[worker.incarnation] = worker
+        for watcher in self._watchers:
             watcher.on_worker(worker)
         self.publish(worker.info)
         return worker
@@ -225,19 +232,18 @@ class SimCluster:
 
     def run_while(self, condition: Callable[[], bool], *, limit_s: float) -> bool:
         """Let time pass event by event while `condition` holds. Returns whether it ended within `limit_s`."""
-        end = self.clock.now + limit_s
-        step = self.clock.step
-        while condition():
-            if not step(end):
-                return False
-        return True
+        return self.clock.run_while(condition, self.clock.now + limit_s)
 
     def drain(self, *, limit_s: float) -> bool:
         """Run until every request has come and gone. Returns whether that came within `limit_s`."""
         return self.run_while(self._is_busy, limit_s=limit_s)
 
     def _is_busy(self) -> bool:
-        return self._num_coming > 0 or bool([one for one in self.routers if one.num_live and one.process.alive])
+        num_live = self._num_coming
+        for router in self.routers:
+            if router.process.alive:
+                num_live += router.num_live
+        return num_live > 0
 
     # ---- checks
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.sim.cluster import SimCluster
 from cluster.sim.copies import Spoil

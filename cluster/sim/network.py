@@ -8,10 +8,11 @@ for itself. Between connections any order is possible.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
+
+import msgspec
 
 from cluster.sim.clock import VirtualClock
 from cluster.sim.process import SimProcess
@@ -19,8 +20,7 @@ from cluster.sim.process import SimProcess
 KEEPALIVE_S = 3.0  # ping every second, 2 s for its answer (cluster/rpc/channel.py)
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
-class End:
+class End(msgspec.Struct, kw_only=True, eq=False):
     """One end of a connection: whose it is and what it does with what arrives. `on_closed` comes at most once."""
 
     process: SimProcess
@@ -30,8 +30,11 @@ class End:
     last_arrival: float = 0.0
 
     def receive(self, message: Any) -> None:
-        """A message arrives, at a process that runs."""
-        if self.open:
+        """A message arrives: it is handled now, or when the process goes on; lost if this end has closed by then."""
+        process = self.process
+        if process.frozen:
+            process.post(self.receive, message)
+        elif process.alive and self.open:
             self.on_message(message)
 
     def hear_closed(self) -> None:
@@ -53,10 +56,10 @@ class Connection:
         """Send from one end. Lost if either end has closed by then. `urgent` overtakes what went before."""
         sender, receiver = self.ends[side], self.ends[1 - side]
         if sender.open:
-            arrive = partial(receiver.process.post, receiver.receive, message)
-            self._deliver(1 - side, arrive, num_bytes, urgent)
-            if self._network.doubled is not None and self._network.doubled(sender.process, message):
-                self._deliver(1 - side, arrive, num_bytes)
+            network, arrive = self._network, partial(receiver.receive, message)
+            network.deliver(self, 1 - side, arrive, num_bytes, urgent)
+            if network.doubled is not None and network.doubled(sender.process, message):
+                network.deliver(self, 1 - side, arrive, num_bytes)
 
     def close(self, side: int) -> None:
         """Close from one end; the other hears of it after what was sent before."""
@@ -77,18 +80,7 @@ class Connection:
 
     def _deliver_end(self, side: int) -> None:
         end = self.ends[side]
-        self._deliver(side, partial(end.process.post, end.hear_closed), 0)
-
-    def _deliver(self, side: int, arrive: Callable[[], None], num_bytes: int, urgent: bool = False) -> None:
-        end, network = self.ends[side], self._network
-        at = network.arrival(num_bytes)
-        if network.clock.now < network.calm_at:
-            at = network.later(at, self.ends[1 - side].process, end.process, self.held_until)
-        if not urgent:
-            if at < end.last_arrival:
-                at = end.last_arrival
-            end.last_arrival = at
-        network.clock.at(at, arrive)
+        self._network.deliver(self, side, partial(end.process.post, end.hear_closed))
 
 
 class Network:
@@ -111,12 +103,21 @@ class Network:
         self._cuts: list[tuple[str, str, float]] = []  # (from, to, until), by the names of processes
         self._slow: list[tuple[str, float, float]] = []  # (name, until, up to this many seconds more)
 
-    def arrival(self, num_bytes: int) -> float:
-        """When a message that is sent now arrives."""
-        jitter_s = self._rng.random() * self._jitter_s
-        return self.clock.now + self._delay_s + jitter_s + num_bytes / self._bytes_per_s
+    def deliver(
+        self, connection: Connection, side: int, arrive: Callable[[], None], num_bytes: int = 0, urgent: bool = False
+    ) -> None:
+        """Let something that leaves now arrive at one end of a connection. `urgent` overtakes what went before."""
+        end, now = connection.ends[side], self.clock.now
+        at = now + self._delay_s + self._rng.random() * self._jitter_s + num_bytes / self._bytes_per_s
+        if now < self.calm_at:
+            at = self._later(at, connection.ends[1 - side].process, end.process, connection.held_until)
+        if not urgent:
+            if at < end.last_arrival:
+                at = end.last_arrival
+            end.last_arrival = at
+        self.clock.at(at, arrive)
 
-    def later(self, at: float, sender: SimProcess, receiver: SimProcess, held_until: float) -> float:
+    def _later(self, at: float, sender: SimProcess, receiver: SimProcess, held_until: float) -> float:
         """When it arrives with what is wrong at the moment."""
         now = self.clock.now
         for name, until, extra_s in self._slow:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import Protocol
+
+import msgspec
 
 from cluster.router.decision import Decision
 from cluster.router.dispatch import Dispatcher
@@ -16,19 +17,18 @@ from cluster.sim.clock import VirtualClock
 from cluster.sim.network import Connection, End, Network
 from cluster.sim.process import SimProcess
 from cluster.sim.worker import SimWorker
-from cluster.types import Dispatch, Heartbeat, Path, WorkerInfo
+from cluster.types import Dispatch, Entry, Heartbeat, Path, WorkerInfo
 
 RECONNECT_S = 0.2
 
 
-@dataclass(kw_only=True)
-class SimResult:
+class SimResult(msgspec.Struct, kw_only=True):
     """What a client got. `code` None with `ended_at` set: every choice finished."""
 
     submit: Submit
-    outputs: dict[int, list[int]] = field(default_factory=dict)
-    scores: list[float] = field(default_factory=list)  # prompt logprobs, from the second token on
-    paths: list[Path] = field(default_factory=list)
+    outputs: dict[int, list[int]] = {}
+    scores: list[float] = []  # prompt logprobs, from the second token on
+    paths: list[Path] = []
     code: str | None = None
     first_token_at: float | None = None
     submitted_at: float = 0.0
@@ -112,12 +112,12 @@ class SimRouter:
         link_id = f"{self.router_id}#{self._num_links}"
         here = End(
             process=self.process,
-            on_message=partial(self._from_worker, worker_id, worker.info.incarnation),
+            on_message=partial(self._from_worker, worker_id, worker.incarnation),
             on_closed=partial(self._down, worker_id),
         )
         connection = self._world.network.connect(here, worker.accept_link(link_id))
         self._links[worker_id] = connection
-        self._linked[worker_id] = worker.info.incarnation
+        self._linked[worker_id] = worker.incarnation
         worker.welcome(link_id, connection)
 
     def break_link(self, worker_id: str) -> None:
@@ -142,15 +142,15 @@ class SimRouter:
         self._connect_later(worker_id)
 
     def _from_worker(
-        self, worker_id: str, incarnation: str, message: WorkerInfo | Heartbeat | tuple[object, ...]
+        self, worker_id: str, incarnation: str, message: WorkerInfo | Heartbeat | tuple[Entry, ...]
     ) -> None:
         now, self.speaker = self._world.clock.now, incarnation
-        if isinstance(message, WorkerInfo):
-            self._do(self.dispatcher.on_worker_up(now, message))
+        if isinstance(message, tuple):
+            self._do(self.dispatcher.on_entries(now, worker_id, message))
         elif isinstance(message, Heartbeat):
             self._do(self.dispatcher.on_heartbeat(now, message))
         else:
-            self._do(self.dispatcher.on_entries(now, worker_id, message))  # type: ignore[arg-type]
+            self._do(self.dispatcher.on_worker_up(now, message))
 
     # ---- effects
 
@@ -160,32 +160,37 @@ class SimRouter:
             self._perform(effect)
         at = self.dispatcher.next_timer()
         if at is not None and at < self._wake_up_at:
-            self._wake_up_at = at
-            self.process.at(at, partial(self._wake_up, at))
+            self._arm(at)
+
+    def _arm(self, at: float) -> None:
+        self._wake_up_at = at
+        self.process.at(at, partial(self._wake_up, at))
 
     def _wake_up(self, at: float) -> None:
         if self._wake_up_at == at:
             self._wake_up_at = float("inf")
-        now = self._world.clock.now
         due = self.dispatcher.next_timer()
-        self._do(self.dispatcher.on_timer(now) if due is not None and due <= now else [])
+        if due is not None and due <= self._world.clock.now:
+            self._do(self.dispatcher.on_timer(self._world.clock.now))
+        elif due is not None and due < self._wake_up_at:
+            self._arm(due)
 
     def _perform(self, effect: RouterEffect) -> None:
-        if isinstance(effect, ToWorker):
+        if isinstance(effect, Deliver):
+            self._deliver(effect)
+        elif isinstance(effect, ToWorker):
             if self._keep_decisions and isinstance(effect.message, Dispatch):
                 self.decisions += self.dispatcher.chooser.decisions(effect.message.request_id)[:1]
             if (link := self._links.get(effect.worker_id)) is not None:
                 # the outbox sends aborts and releases before dispatches (cluster/rpc/outbox.py)
                 link.send(0, effect.message, urgent=not isinstance(effect.message, Dispatch))
-        elif isinstance(effect, Deliver):
-            self._deliver(effect)
-        elif isinstance(effect, DeliverScores):
-            self._deliver_scores(effect)
         elif isinstance(effect, Ended):
             result = self.results[effect.request_id]
             assert result.live, f"{effect.request_id} ends twice, or after it was cancelled"
             result.code, result.ended_at = effect.code, self._world.clock.now
             self.num_live -= 1
+        elif isinstance(effect, DeliverScores):
+            self._deliver_scores(effect)
         elif isinstance(effect, DropLink):
             if (link := self._links.pop(effect.worker_id, None)) is not None:
                 link.close(0)

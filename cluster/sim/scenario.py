@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from random import Random
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.router.effects import Submit
 from cluster.sim.chaos import CELLS, Chaos, Order
@@ -115,8 +116,7 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
     corruptor = Corruptor(Random(rng.random()))
     checker = Checker(corruptor.spoiled_requests)
     corruptor.report = checker.report
-    watchers: list[Checker | StageWatcher] = [checker]
-    sim = SimCluster(config, watchers)
+    sim = SimCluster(config, [checker])
     sim.clock.most_steps = MOST_STEPS
     controller = SimController(
         sim, Random(rng.random()), num_switches=NUM_SWITCHES, first_at=START_S + 0.05 + rng.random() * 0.1
@@ -133,10 +133,12 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
 
     def on_moment(moment: Moment) -> None:
         chaos.on_moment(moment)
-        stages_seen.deaf = chaos.satisfied
+        if chaos.satisfied:
+            stages_seen.deaf = True
+            sim.watch(checker)
 
     stages_seen = StageWatcher(sim.clock, on_moment)
-    watchers.append(stages_seen)
+    sim.watch(checker, stages_seen)
     corruptor.watch(sim)
     spoiled_ended = sim.faults.copy_ended
 

@@ -7,10 +7,11 @@ their predicted time; a hung rank finishes none while the network side goes on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from cluster.sim.clock import VirtualClock
 from cluster.sim.copies import land, payload
@@ -80,6 +81,7 @@ class SimWorker:
 
     def __init__(self, world: World, config: SimWorkerConfig, incarnation: str) -> None:
         self.config = config
+        self.incarnation = incarnation
         self._world = world
         self.process = SimProcess(world.clock, config.worker_id)  # the network side
         self.rank = SimProcess(world.clock, config.worker_id)
@@ -203,7 +205,7 @@ class SimWorker:
     def accept_fetch(self, call: FetchOpen, connection: Connection) -> None:
         """A peer's call arrived."""
         self._served[call.call_id] = connection
-        answer = self._world.faults.answer(self.info.worker_id, call)
+        answer = self._world.faults.answer(self.config.worker_id, call)
         if answer is not None:
             self._do([SendFetch(call_id=call.call_id, reply=answer), EndCall(call_id=call.call_id)])
             return
@@ -251,7 +253,7 @@ class SimWorker:
     def _from_source(self, call_id: str, reply: FetchReply) -> None:
         now = self._world.clock.now
         if isinstance(reply, Piece):
-            reply = self._world.faults.piece(self.info.worker_id, reply)
+            reply = self._world.faults.piece(self.config.worker_id, reply)
         if isinstance(reply, FetchAccepted) and reply.local is not None:
             host, memory = self._world.memories[reply.local.path]
             if host != self.config.host:
@@ -266,25 +268,25 @@ class SimWorker:
 
     def _start_copy(self, effect: StartCopy) -> None:
         piece, faults = effect.piece, self._world.faults
-        asked = faults.copy_s(self.info.worker_id, piece)
+        asked = faults.copy_s(self.config.worker_id, piece)
         usual = self.config.copy_s + self.config.copy_s_per_block * len(piece.checksums)
         source, fence = self._source_memory.get(piece.call_id), self._fences.get(piece.call_id)
-        faults.copy_started(self.info.incarnation, effect)
+        faults.copy_started(self.incarnation, effect)
         delay_s = usual if asked is None else asked
         self.process.at(self._world.clock.now + delay_s, partial(self._copied, effect, source, fence))
 
     def _copied(self, effect: StartCopy, source: ArrayMemory | None, fence: CallFence | None) -> None:
         piece, faults = effect.piece, self._world.faults
         blocks = self.core.scheduler.blocks
-        spoil = faults.spoil_of(self.info.worker_id, piece, source)
+        spoil = faults.spoil_of(self.config.worker_id, piece, source)
         ok = fence is not None and land(self.memory, blocks, effect, fence, source, spoil)
-        faults.copy_ended(self.info.incarnation, effect, ok)
+        faults.copy_ended(self.incarnation, effect, ok)
         self._do(self.machine.on_copied(self._world.clock.now, effect.copy_id, ok))
 
     # ---- effects
 
     def _do(self, effects: Iterable[Effect]) -> None:
-        """Perform effects in order, send what they queued for the routers, arm the timers."""
+        """Perform effects in order, send what they queued for the routers, arm the timer."""
         told = self._world.on_effect
         for effect in effects:
             told(self, effect)
@@ -294,7 +296,9 @@ class SimWorker:
                 if link_id in self._links:
                     self._links[link_id].send(1, tuple(entries))
             self._outbox = {}
-        self._arm()
+        at = self.machine.next_timer()
+        if at is not None and at < self._wake_up_at:
+            self._arm(at)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -338,18 +342,18 @@ class SimWorker:
             num_bytes = len(reply.payload)
         served.send(1, reply, num_bytes)
 
-    def _arm(self) -> None:
-        at = self.machine.next_timer()
-        if at is not None and at < self._wake_up_at:
-            self._wake_up_at = at
-            self.process.at(at, partial(self._wake_up, at))
+    def _arm(self, at: float) -> None:
+        self._wake_up_at = at
+        self.process.at(at, partial(self._wake_up, at))
 
     def _wake_up(self, at: float) -> None:
         if self._wake_up_at == at:
             self._wake_up_at = float("inf")
-        now = self._world.clock.now
         due = self.machine.next_timer()
-        self._do(self.machine.on_timer(now) if due is not None and due <= now else [])
+        if due is not None and due <= self._world.clock.now:
+            self._do(self.machine.on_timer(self._world.clock.now))
+        elif due is not None and due < self._wake_up_at:
+            self._arm(due)
 
     # ---- the rank
 
@@ -360,8 +364,10 @@ class SimWorker:
 
     def _step(self) -> None:
         self._kicked = False
-        if self._step_started_at is not None or not self.core.has_work:
-            return
+        if self._step_started_at is None and self.core.has_work:
+            self._run_step()
+
+    def _run_step(self) -> None:
         self._step_started_at = self._world.clock.now
         if self.hung:
             return
@@ -377,7 +383,8 @@ class SimWorker:
     def _hear(self, events: StepEvents) -> None:
         now = self._world.clock.now
         self._do(self.machine.on_events(now, events))
-        self.cache_feed.on_step(events.stored, events.evicted)
+        if events.stored or events.evicted:
+            self.cache_feed.on_step(events.stored, events.evicted)
         self._feed()
 
     def _landed(self, events: StepEvents | None) -> None:
@@ -388,4 +395,4 @@ class SimWorker:
         if events is not None:
             self.process.post(self._hear, events)
         if self.core.has_work:
-            self._step()
+            self._run_step()

@@ -10,9 +10,9 @@ in threads: everything here is free of shared state but the memories themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -54,16 +54,14 @@ class ReceiverConnector(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class CallFence:
+class CallFence(msgspec.Struct, frozen=True, kw_only=True):
     """What every piece of one call must carry."""
 
     call_id: str
     source_incarnation: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockCopy:
+class BlockCopy(msgspec.Struct, frozen=True, kw_only=True):
     """One block of a piece: entry `index` of it goes to block `target`, its first `num_tokens` tokens."""
 
     index: int

@@ -5,9 +5,8 @@ payload:  | block 0, whole | block 1, whole | ... | last block: its valid tokens
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.transfer.connector import CallFence, TransferError, block_view, check_piece, verify
 from cluster.types import FetchAccepted, Piece

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.spec import WorkerSpec
 from cluster.types import WorkerInfo

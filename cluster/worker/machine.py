@@ -12,7 +12,8 @@ performs the effects it returns, in order. What the three have to do with each o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.types import (
     AbortRequest,

@@ -17,10 +17,11 @@ Before the first "ready" both canaries run once, and what they give is the known
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.timers import Timers
 from cluster.types import SwitchOutcome, SwitchReply, SwitchRequest, WorkerInfo, WorkerState

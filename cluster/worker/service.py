@@ -17,7 +17,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.errors import REFUSED
 from cluster.rpc.fetch_client import FetchCalls

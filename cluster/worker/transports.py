@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.transfer.connector import Connector
 from cluster.transfer.grpc_connector import GrpcConnector

@@ -6,8 +6,7 @@ kernels done -> num_landed -> complete blocks checksummed and committed (now vis
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import numpy as np
 
 from engine.kv.block_manager import BlockState
@@ -20,14 +19,13 @@ from engine.scheduler.request_state import Entry, LaunchedStep, Request, ServedC
 from engine.scheduler.served import ServedCalls, ServeNews
 
 
-@dataclass(slots=True, kw_only=True)
-class Landed:
+class Landed(msgspec.Struct, kw_only=True):
     """What one landed step caused."""
 
     step: int
     num_tokens: int
-    tokens: list[NewTokens] = field(default_factory=list)
-    replies: list[ServeNews | PromptLogprobs | Paused] = field(default_factory=list)
+    tokens: list[NewTokens] = []
+    replies: list[ServeNews | PromptLogprobs | Paused] = []
 
 
 def land_step(

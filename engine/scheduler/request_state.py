@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from engine.kv.prefix_cache import LITTLE_INT32, HashChain
@@ -41,8 +42,7 @@ def parse_tokens(data: bytes, vocab_size: int) -> IntArray:
 NO_ROW = -1  # of a seat whose prompt is pulled, until it runs
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Seat:
+class Seat(msgspec.Struct, kw_only=True, eq=False):
     """A row and its block table. Counts are tokens whose KV is scheduled (`num_computed`) or has landed."""
 
     row: int
@@ -57,8 +57,7 @@ class Seat:
     closed: bool = False  # given up: what is still in flight is dropped
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Request:
+class Request(msgspec.Struct, kw_only=True, eq=False):
     """One own request. `max_outputs` is the counted length stop: max_tokens, context and pool, whichever is least."""
 
     request_id: str
@@ -79,7 +78,7 @@ class Request:
     urgent: bool = False  # overtaken so often that it goes before everything that is not
     num_scored: int = 0  # prompt tokens after the first whose logprobs have been told
     num_cached_tokens: int = -1  # prefix hit of the first admission; -1: not admitted yet
-    held_blocks: list[int] = field(default_factory=list)  # pinned while it is paused
+    held_blocks: list[int] = []  # pinned while it is paused
 
     @property
     def num_tokens(self) -> int:
@@ -181,8 +180,7 @@ class Counters:
     generation_tokens: int = 0
 
 
-@dataclass(slots=True, kw_only=True)
-class Entry:
+class Entry(msgspec.Struct, kw_only=True):
     """One row of a launched step. `seat.closed` at landing means that its result is dropped."""
 
     owner: Request | ServedCall
@@ -192,9 +190,8 @@ class Entry:
     scores: range | None = None  # prompt positions whose logprobs this step computes
 
 
-@dataclass(slots=True, kw_only=True)
-class LaunchedStep:
+class LaunchedStep(msgspec.Struct, kw_only=True):
     """A scheduled step that has not landed."""
 
     step: int
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry]

@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 import msgspec
 import psutil
+from msgspec import structs
 
 from cluster.registry.registry import RegistryServer
 from cluster.router.server import RouterProcess, listen
@@ -70,10 +71,12 @@ class _ProxiedLink:
         if isinstance(message, Dispatch):
             proxies = self._cluster.fetch_proxies
             sources = [
-                replace(ref, address=proxies[ref.worker_id].address if ref.worker_id in proxies else ref.address)
+                structs.replace(
+                    ref, address=proxies[ref.worker_id].address if ref.worker_id in proxies else ref.address
+                )
                 for ref in message.sources
             ]
-            message = replace(message, sources=tuple(sources))
+            message = structs.replace(message, sources=tuple(sources))
         self._link.send(message)
 
 
@@ -180,7 +183,7 @@ class FaultCluster:
         if not self.proxied:
             return LinkClient(info, "faults", on_welcome, on_heartbeat, events.on_entries, on_down)
         self._put_proxies(info)
-        near = replace(info, address=self.link_proxies[worker_id].address)
+        near = structs.replace(info, address=self.link_proxies[worker_id].address)
         link = LinkClient(near, "faults", on_welcome, on_heartbeat, events.on_entries, on_down)
         return _ProxiedLink(self, link)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.transfer.connector import CallFence, ReceiverConnector, TransferError
 from cluster.transfer.grpc_connector import GrpcConnector

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Protocol
+
+import msgspec
 
 from cluster.router.predict import Prediction
 from cluster.router.views import RequestView, WorkerView
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Worker ids: who decodes, and whom it may ask for the prompt's KV, best first.
 
     No sources with `alone` is a choice; without it, there were none. `why` is for people. `considered` are the

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import structs
 
 from cluster.control.roles import Roles
 from cluster.control.router_client import RouterClient, RouterError
@@ -30,7 +32,7 @@ def info(worker_id: str, role: Any, **changes: Any) -> WorkerInfo:
         max_num_seqs=100,
         profile=profile(),
     )
-    return replace(base, **changes)
+    return structs.replace(base, **changes)
 
 
 def worker_json(one: WorkerInfo, **changes: Any) -> dict[str, Any]:
@@ -95,11 +97,11 @@ class Rig:
         one = self.workers[worker_id]
         if request.expected_epoch != one.epoch or request.incarnation != one.incarnation:
             return SwitchReply(outcome="refused", info=one, reason=f"the epoch is {one.epoch}")
-        changed = replace(one, epoch=one.epoch + 4, role=request.role or one.role)
+        changed = structs.replace(one, epoch=one.epoch + 4, role=request.role or one.role)
         if request.role is None:
-            changed = replace(changed, state="draining")
+            changed = structs.replace(changed, state="draining")
         reply = SwitchReply(outcome="drained" if request.role is None else "switched", info=changed, moved=2)
-        reply = replace(reply, **self.reply)
+        reply = structs.replace(reply, **self.reply)
         if reply.outcome in ("switched", "drained"):
             self.workers[worker_id] = changed
         return reply

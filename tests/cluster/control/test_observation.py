@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.control.observation import NOMINAL_GB_PER_S, ObservationWindow, WorkerSeen
 from cluster.traffic import Traffic

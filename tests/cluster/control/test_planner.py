@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from cluster.control.observation import Observation, WorkerSeen
 from cluster.control.planner import Plan, Planner
@@ -34,7 +35,9 @@ def after(observation: Observation, found: Plan, seconds: float = 1000.0) -> Obs
     moved = []
     for one in observation.workers:
         changed = one.info.worker_id in roles
-        info = replace(one.info, role=roles.get(one.info.worker_id, one.info.role), epoch=one.info.epoch + 3 * changed)
+        info = structs.replace(
+            one.info, role=roles.get(one.info.worker_id, one.info.role), epoch=one.info.epoch + 3 * changed
+        )
         moved.append(replace(one, info=info, since_role_s=(0.0 if changed else one.since_role_s) + seconds))
     return replace(observation, workers=tuple(moved))
 
@@ -80,9 +83,7 @@ def test_rows_that_fill_a_decode_worker_are_more_need_than_answers_that_have_end
 
 
 def replace_options(**changed: float) -> RolesSpec:
-    from msgspec.structs import replace as replace_struct
-
-    return replace_struct(OPTIONS, **changed)
+    return structs.replace(OPTIONS, **changed)
 
 
 def test_one_decode_worker_is_always_left() -> None:

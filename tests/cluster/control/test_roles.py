@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from cluster.control.roles import HAND_S, MAX_RECORDS, UNHEARD_S, Roles
 from cluster.errors import NeapError
@@ -143,7 +144,7 @@ def test_the_last_ready_decode_worker_is_not_let_go_not_even_with_another_s_leav
         rig.workers["spare-0"] = info("spare-0", "decode", state="switching")
         roles = rig.roles()
         rig.holding = asyncio.Event()
-        rig.workers["decode-1"] = replace(rig.workers["decode-1"], pool="other")
+        rig.workers["decode-1"] = structs.replace(rig.workers["decode-1"], pool="other")
         first = asyncio.create_task(roles.switch("decode-0", "prefill"))
         await asyncio.wait_for(rig.called.wait(), 30)
         assert await code_of(roles.switch("decode-1", "prefill")) == "last_decode_worker"
@@ -176,7 +177,7 @@ def test_a_worker_that_has_changed_since_it_was_heard_is_asked_again_with_its_ow
         rig = three()
         roles = rig.roles()
         stale = rig.status()
-        rig.workers["decode-0"] = replace(rig.workers["decode-0"], epoch=7)
+        rig.workers["decode-0"] = structs.replace(rig.workers["decode-0"], epoch=7)
         rig.status = lambda: stale  # type: ignore[method-assign]
         roles._infos = lambda: tuple(three().workers.values())
         assert (await roles.switch("decode-0", "prefill")).info.epoch == 11
@@ -202,7 +203,7 @@ def test_what_came_to_nothing_is_told_and_the_worker_left_alone_for_a_while(
         if outcome == "refused":  # at the epoch that it was asked with
             rig.reply["info"] = rig.workers["decode-0"]
         if outcome == "rolled_back":
-            rig.reply["info"] = replace(rig.workers["decode-0"], epoch=4)
+            rig.reply["info"] = structs.replace(rig.workers["decode-0"], epoch=4)
         assert await code_of(roles.switch("decode-0", "prefill")) == code
         assert roles.records[-1].outcome == outcome and roles.records[-1].words in rig.told[-1]
         (seen,) = [one for one in roles._window.observe(rig.now).workers if one.info.worker_id == "decode-0"]

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from msgspec import structs
 
 from cluster.metrics import RouterMetrics
 from cluster.router.app import create_app
@@ -240,7 +241,7 @@ def worker_info(worker_id: str, **changes: Any) -> WorkerInfo:
         vocab_size=288,
         pool="pool-0",
     )
-    return replace(base, **changes)
+    return structs.replace(base, **changes)
 
 
 @pytest.fixture

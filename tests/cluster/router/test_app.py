@@ -7,9 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.routing import Route
 
 from cluster import metrics

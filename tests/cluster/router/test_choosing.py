@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from random import Random
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.router.breakers import OPEN_S
 from cluster.router.choosing import MAX_DECISIONS, Chooser

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from cluster.router.dispatch import MAX_RETRY_S, Dispatcher
 from cluster.router.effects import DropLink, Ended, RouterEffect, Submit, ToWorker

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace as replace_info
 from random import Random
 
 import pytest
@@ -38,7 +37,7 @@ workers = st.builds(
 
 
 def named(views: list[WorkerView], letter: str) -> list[WorkerView]:
-    return [replace(view, info=replace_info(view.info, worker_id=f"{letter}{i}")) for i, view in enumerate(views)]
+    return [replace(view, info=replace(view.info, worker_id=f"{letter}{i}")) for i, view in enumerate(views)]
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace as replace_info
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,7 +125,7 @@ def test_the_work_that_a_backlog_grows_by() -> None:
 
 
 def test_a_worker_that_measured_nothing_can_be_compared() -> None:
-    unknown = replace(worker("d1"), info=replace_info(worker("d1").info, profile=Profile(), max_num_seqs=0))
+    unknown = replace(worker("d1"), info=replace(worker("d1").info, profile=Profile(), max_num_seqs=0))
     assert 0.0 < alone(request(1001), unknown).ttft_ms < 10_000.0
 
 

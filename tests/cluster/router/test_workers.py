@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from cluster.metrics import RouterMetrics
 from cluster.router.effects import Deliver, DropLink, Ended, RouterEffect, Submit, ToWorker

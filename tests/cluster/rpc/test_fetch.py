@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 from grpc import StatusCode, aio
+from msgspec.structs import replace
 
 from cluster.rpc.channel import open_channel
 from cluster.rpc.convert_fetch import open_to_pb, taken_to_pb

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.rpc.channel import open_channel
 from cluster.rpc.convert import router_batch_to_pb, router_messages_in

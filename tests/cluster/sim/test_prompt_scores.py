@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from cluster.sim.cluster import SimCluster
 from cluster.sim.workload import mixed_requests
@@ -23,7 +24,9 @@ def run(seed: int) -> SimCluster:
     for request in mixed_requests(rng, NUM_REQUESTS):
         num_top = rng.choice((None, 0, 2))
         params = replace(request.params, prompt_logprobs=num_top)
-        sim.submit(replace(request, params=params, priority=rng.choice((0, 0, -1, 4))), at=0.05 + rng.random() * 0.6)
+        sim.submit(
+            structs.replace(request, params=params, priority=rng.choice((0, 0, -1, 4))), at=0.05 + rng.random() * 0.6
+        )
     add_bad_luck(sim, rng)
     add_disasters(sim, rng)
     assert sim.drain(limit_s=300), [name for name, result in sim.results.items() if result.live]

@@ -11,6 +11,7 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from cluster.transfer.connector import CallFence, Connector, ReceiverConnector, SourceUnreachableError, TransferError
 from cluster.transfer.grpc_connector import GrpcConnector
@@ -140,7 +141,7 @@ def test_any_range_into_any_blocks(transport: Transport, data: st.DataObject) ->
     ],
 )
 def test_a_piece_that_is_not_as_agreed_is_refused(pair: Pair, changes: dict[str, object], words: str) -> None:
-    piece = replace(pair.piece(2 * BLOCK_SIZE + 5), **changes)  # type: ignore[arg-type]
+    piece = structs.replace(pair.piece(2 * BLOCK_SIZE + 5), **changes)  # type: ignore[arg-type]
     with pytest.raises(TransferError, match=words):
         pair.receiver.copy(piece, (3, 11, 1))
     if words != "did not arrive":
@@ -159,7 +160,7 @@ def test_a_source_block_that_changed_since_its_commit_is_found(pair: Pair) -> No
     pair.source.block(2)[17] ^= 1
     fresh = pair.piece(3 * BLOCK_SIZE)
     with pytest.raises(TransferError, match="block 1 did not arrive"):
-        pair.receiver.copy(replace(fresh, checksums=stale.checksums), (3, 11, 1))
+        pair.receiver.copy(structs.replace(fresh, checksums=stale.checksums), (3, 11, 1))
 
 
 def test_a_payload_of_the_wrong_length_is_refused() -> None:
@@ -168,7 +169,7 @@ def test_a_payload_of_the_wrong_length_is_refused() -> None:
     piece = pair.piece(2 * BLOCK_SIZE + 5)
     for payload in (b"", piece.payload[:-1], piece.payload + b"x"):
         with pytest.raises(TransferError, match="bytes instead of"):
-            pair.receiver.copy(replace(piece, payload=payload), (3, 11, 1))
+            pair.receiver.copy(structs.replace(piece, payload=payload), (3, 11, 1))
     next(pairs, None)
 
 
@@ -177,7 +178,7 @@ def test_source_blocks_that_cannot_be_are_refused(block_ids: tuple[int, ...]) ->
     pairs = make_pair("local")
     pair = next(pairs)
     with pytest.raises(TransferError, match="block"):
-        pair.receiver.copy(replace(pair.piece(2 * BLOCK_SIZE + 5), block_ids=block_ids), (3, 11, 1))
+        pair.receiver.copy(structs.replace(pair.piece(2 * BLOCK_SIZE + 5), block_ids=block_ids), (3, 11, 1))
     next(pairs, None)
 
 
@@ -188,13 +189,13 @@ def test_a_memory_that_is_not_the_one_meant_is_not_opened() -> None:
     assert right.local is not None
     wrong = [
         None,
-        replace(right.local, nonce=bytes(16)),
-        replace(right.local, path="/proc/1/fd/999"),
-        replace(right.local, num_blocks=5),
+        structs.replace(right.local, nonce=bytes(16)),
+        structs.replace(right.local, path="/proc/1/fd/999"),
+        structs.replace(right.local, num_blocks=5),
     ]
     for local in wrong:
         with pytest.raises(SourceUnreachableError):
-            connector.receiver(replace(right, local=local), FENCE)
+            connector.receiver(structs.replace(right, local=local), FENCE)
     memory.close()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from cluster.spec import FakeSpec
 from cluster.transfer.connector import CallFence, Connector, ReceiverConnector, SourceConnector, TransferError

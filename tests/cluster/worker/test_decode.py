@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from cluster.types import AbortRequest, Choice, Dispatch, Failed, News, PromptScores, SourceRef, Tokens, WorkerInfo
 from cluster.worker.admission import decode_capacity

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from cluster.types import SwitchReply, SwitchRequest, WorkerInfo
 from cluster.worker.effects import Publish, RoleEffect, SendSwitchReply, ToEngine
