@@ -22,7 +22,7 @@ class Timers(Generic[Key]):
     """Deadlines by key; one key has at most one. Every time is an absolute monotonic second."""
 
     def __init__(self) -> None:
-        self._at: dict[Key, int] = {}  # the serial of the key's own entry of the heap; others of it are stale
+        self._at: dict[Key, tuple[float, int, Key]] = {}  # the heap has this entry of a key, or an earlier one
         self._silence_limits: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._serial = 0
@@ -55,22 +55,21 @@ class Timers(Generic[Key]):
 
     def clear(self, key: Key) -> None:
         """Forget a deadline or silence timer; unknown keys are fine."""
-        self._at.pop(key, None)
-        self._silence_limits.pop(key, None)
+        if self._at.pop(key, None) is not None:
+            self._silence_limits.pop(key, None)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._at
 
     def next(self) -> float | None:
         """When to call again at the latest (absolute), or None when nothing is set."""
-        heap, at = self._heap, self._at
-        while heap and at.get(heap[0][2]) != heap[0][1]:
-            heapq.heappop(heap)
-        first = heap[0][0] if heap else None
-        if self._silence_limits:
-            tick = self._noted + TICK_S
-            return tick if first is None or tick < first else first
-        return first
+        heap = self._heap
+        tick = self._noted + TICK_S if self._silence_limits else None
+        while heap and (tick is None or heap[0][0] < tick):
+            if self._at.get(heap[0][2]) == heap[0]:
+                return heap[0][0]
+            self._put_right()
+        return tick
 
     def due(self, now: float) -> list[Key]:
         """Remove and return the keys whose time has come, earliest first. Notes `now` first."""
@@ -78,16 +77,30 @@ class Timers(Generic[Key]):
         keys: list[Key] = []
         heap = self._heap
         while heap and heap[0][0] <= now:
-            _, serial, key = heapq.heappop(heap)
-            if self._at.get(key) == serial:
+            key = heap[0][2]
+            if self._at.get(key) == heap[0]:
                 self.clear(key)
                 keys.append(key)
+            self._put_right()
         return keys
 
     def _push(self, key: Key, at: float) -> None:
+        """Most timers are put off again and again: what is only put off stays where it is until its old time comes."""
         self._serial += 1
-        self._at[key] = self._serial
-        heapq.heappush(self._heap, (at, self._serial, key))
+        entry, before = (at, self._serial, key), self._at.get(key)
+        self._at[key] = entry
+        if before is not None and at >= before[0]:
+            return
+        heapq.heappush(self._heap, entry)
         if len(self._heap) > 64 + 4 * len(self._at):
-            self._heap = [entry for entry in self._heap if self._at.get(entry[2]) == entry[1]]
+            self._heap = list(self._at.values())
             heapq.heapify(self._heap)
+
+    def _put_right(self) -> None:
+        """Take the first entry off, or to its key's present time if that was put off."""
+        first = self._heap[0]
+        entry = self._at.get(first[2])
+        if entry is not None and entry > first:
+            heapq.heapreplace(self._heap, entry)
+        else:
+            heapq.heappop(self._heap)

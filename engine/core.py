@@ -29,6 +29,7 @@ from engine.messages import (
     Paused,
     Probe,
     Probed,
+    PromptLogprobs,
     PullClosed,
     Reserve,
     Reserved,
@@ -76,8 +77,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something now."""
-        wants_step = self.scheduler.has_unfinished and not self._stalled
-        return bool(self._commands or self._handles or wants_step)
+        return bool(self._commands or self._handles) or (not self._stalled and self.scheduler.has_unfinished)
 
     def submit(self, command: Command) -> None:
         """Queue a command for the next step boundary."""
@@ -97,7 +97,7 @@ class EngineCore:
         if announce is not None and will_wait and self._has_answers():
             announce(self._events(None))
         if batch is not None:
-            self.last_step_cost_s = self.step_cost.predict_batch(batch) / 1000
+            self.last_step_cost_s = batch.predicted_ms / 1000
             self._handles.append(self.runner.launch(batch))
         landed = self._land(launched=batch is not None)
         if not num_commands and batch is None and landed is None:
@@ -110,16 +110,19 @@ class EngineCore:
         return bool(self._replies or self._tokens) or num_started != self._num_started
 
     def _events(self, landed: Landed | None) -> StepEvents:
-        replies = tuple(self._replies) + tuple(self.scheduler.take_news()) + tuple(landed.replies if landed else ())
-        tokens = tuple(self._tokens) + tuple(landed.tokens if landed else ())
+        scheduler, tokens = self.scheduler, self._tokens
+        replies: list[_Reply | PromptLogprobs] = [*self._replies, *scheduler.take_news()]
         self._replies, self._tokens = [], []
-        stored, evicted = self.scheduler.blocks.cache.take_changes()
+        if landed is not None:
+            replies += landed.replies
+            tokens += landed.tokens
+        stored, evicted = scheduler.blocks.cache.take_changes()
         return StepEvents(
             step=self._num_steps,
-            num_tokens=landed.num_tokens if landed else 0,
-            replies=replies,
-            tokens=tokens,
-            load=self.load(),
+            num_tokens=landed.num_tokens if landed is not None else 0,
+            replies=tuple(replies),
+            tokens=tuple(tokens),
+            load=scheduler.load(),
             stored=stored,
             evicted=evicted,
         )

@@ -52,10 +52,12 @@ class Chooser:
         is_scored = request.is_scored
         sources = [] if is_scored else self._fleet.sources(decoders[0].info)
         hint = self._hint(request, decoders[0]) if self._policy.wants_cache and not is_scored else None
+        held, avoided = hint.tokens if hint is not None else _none_held, self.breakers.avoided
         decode = [
-            self._view(now, worker, hint, self.breakers.avoided(now, worker.info.incarnation)) for worker in decoders
+            worker.view(now, cached_tokens=held(worker.info.worker_id), avoid=avoided(now, worker.info.incarnation))
+            for worker in decoders
         ]
-        prefill = [self._view(now, worker, hint) for worker in sources]
+        prefill = [worker.view(now, cached_tokens=held(worker.info.worker_id)) for worker in sources]
         view = RequestView(
             num_tokens=request.num_tokens + request.num_outputs // max(1, len(request.choices)),
             num_choices=request.num_unfinished,
@@ -78,12 +80,6 @@ class Chooser:
         return self.index.match(
             submit.prompt, identity=info.identity, cache_salt=submit.cache_salt, block_size=info.block_size
         )
-
-    def _view(
-        self, now: float, worker: Worker, hint: PrefixHint | None, avoid: frozenset[str] = frozenset()
-    ) -> WorkerView:
-        cached = hint.tokens(worker.info.worker_id) if hint is not None else 0
-        return worker.view(now, cached_tokens=cached, avoid=avoid)
 
     def _decide(
         self,
@@ -244,3 +240,7 @@ class Chooser:
         """The last ones, newest first; of one request if asked."""
         newest_first = (decision for decision in reversed(self._decisions.values()))
         return tuple(one for one in newest_first if request_id is None or one.request_id == request_id)
+
+
+def _none_held(worker_id: str) -> int:
+    return 0

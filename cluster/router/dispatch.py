@@ -70,6 +70,7 @@ class Dispatcher:
         self._waiting_again = WaitingLine()
         self._waiting = WaitingLine()
         self._timers: Timers[tuple[str, _TimerKind]] = Timers()
+        self.next_timer = self._timers.next  # the absolute monotonic second at which on_timer is to be called, or None
         self._explained: OrderedDict[str, tuple[HistoryItem, ...]] = OrderedDict()
 
     # ---- from HTTP
@@ -195,10 +196,6 @@ class Dispatcher:
                     self._timers.set((key, "no_worker"), now + NO_WORKER_S)
         return effects + self._place_waiting(now)
 
-    def next_timer(self) -> float | None:
-        """The absolute monotonic second at which on_timer is to be called, or None."""
-        return self._timers.next()
-
     # ---- for people
 
     def status(self) -> DispatchStatus:
@@ -223,7 +220,7 @@ class Dispatcher:
 
     def _place_waiting(self, now: float) -> list[RouterEffect]:
         effects: list[RouterEffect] = []
-        if not self._waiting and not self._waiting_again:
+        if not (self._waiting.requests or self._waiting_again.requests):
             return effects  # most often: every heartbeat and every entry of every worker asks
         usable = self.fleet.decoders()
         for line in (self._waiting_again, self._waiting):
@@ -302,7 +299,8 @@ class Dispatcher:
             request.numerics_class = self.fleet.workers[request.worker_id or ""].info.numerics_class
         request.accept(tokens)
         effects: list[RouterEffect] = [Deliver(tokens=tokens, path=tokens.path)]
-        effects += _down(self.recovery.accepted(request, len(tokens.token_ids)))
+        if releases := self.recovery.accepted(request, len(tokens.token_ids)):
+            effects += _down(releases)
         if not request.finished:
             return effects
         self.chooser.ended(now, request)

@@ -63,7 +63,7 @@ class Worker:
         load = self.load
         return WorkerView(
             info=self.info,
-            num_sequences=self.num_assigned,
+            num_sequences=self.num_sequences + self.others_sequences,
             queued_tokens=self.backlog.num_tokens,
             context_tokens=self.context_tokens + self.others_context,
             backlog_ms=self.backlog.ms(now),
@@ -151,7 +151,8 @@ class Fleet:
             for _, worker in self._by_id
             if worker.info.role == "prefill"
             and worker.usable
-            and (worker.info.identity, worker.info.kv_fingerprint) == (decoder.identity, decoder.kv_fingerprint)
+            and worker.info.identity == decoder.identity
+            and worker.info.kv_fingerprint == decoder.kv_fingerprint
         ]
 
     def assign(

@@ -10,6 +10,7 @@ far as anybody holds it. Bounded: the keys that came longest ago go first. No I/
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -184,6 +185,6 @@ def block_keys(root: bytes, tokens: bytes, block_size: int) -> Iterator[int]:
         yield int.from_bytes(parent[:CACHE_KEY_BYTES], "little")
 
 
-def _split(keys: bytes) -> Iterator[int]:
-    for start in range(0, len(keys), CACHE_KEY_BYTES):
-        yield int.from_bytes(keys[start : start + CACHE_KEY_BYTES], "little")
+def _split(keys: bytes) -> tuple[int, ...]:
+    num_keys = len(keys) // CACHE_KEY_BYTES
+    return struct.unpack(f"<{num_keys}Q", keys[: num_keys * CACHE_KEY_BYTES])

@@ -125,6 +125,8 @@ class Recovery:
     def allowed(self, request: Tracked, decoders: Iterable[Worker]) -> list[Worker]:
         """The decode workers that may take it now."""
         trial = self._trials.get(request.request_id)
+        if trial is None and not any(self._recovering.values()):
+            return list(decoders)  # most often
         if trial is None:
             return [w for w in decoders if True not in self._recovering.get(w.info.worker_id, {}).values()]
         if len(trial.crashes) >= MAX_CRASHES:

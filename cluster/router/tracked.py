@@ -82,18 +82,20 @@ class Tracked(msgspec.Struct, kw_only=True, eq=False):
     @property
     def num_unfinished(self) -> int:
         """Choices that are not done."""
-        return sum(not choice.finished for choice in self.choices.values())
+        return len([choice for choice in self.choices.values() if not choice.finished])
 
     def unfinished(self) -> tuple[Choice, ...]:
         """What a decode worker is to continue, with everything accepted so far."""
         return tuple(
-            Choice(
-                index=choice.index,
-                seed=choice.seed,
-                outputs=np.array(choice.outputs, dtype="<i4").tobytes() if choice.outputs else b"",
-            )
-            for choice in self.choices.values()
-            if not choice.finished
+            [
+                Choice(
+                    index=choice.index,
+                    seed=choice.seed,
+                    outputs=np.array(choice.outputs, dtype="<i4").tobytes() if choice.outputs else b"",
+                )
+                for choice in self.choices.values()
+                if not choice.finished
+            ]
         )
 
     def dispatch(

@@ -15,31 +15,31 @@ class WaitingLine:
     """An ordered set of requests by id. While all priorities are 0 it costs what a dict costs."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, Tracked] = {}  # in order of arrival
+        self.requests: dict[str, Tracked] = {}  # by id, in order of arrival
         self._has_priorities = False
         self._overtaken: dict[str, int] = {}
         self._ordered: list[Tracked] | None = None
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self.requests)
 
     def add(self, request: Tracked) -> None:
         """Join the line."""
-        self._requests[request.request_id] = request
+        self.requests[request.request_id] = request
         self._has_priorities = self._has_priorities or request.submit.priority != 0
         self._ordered = None
 
     def discard(self, request_id: str) -> None:
         """Leave the line without being served. Unknown ids are ignored."""
-        if self._requests.pop(request_id, None) is not None:
+        if self.requests.pop(request_id, None) is not None:
             self._overtaken.pop(request_id, None)
             self._ordered = None
-            self._has_priorities = self._has_priorities and bool(self._requests)
+            self._has_priorities = self._has_priorities and bool(self.requests)
 
     def serve(self, request: Tracked) -> None:
         """Leave the line to be placed; those that arrived before and still wait have been overtaken."""
         if self._has_priorities:
-            for request_id in self._requests:
+            for request_id in self.requests:
                 if request_id == request.request_id:
                     break
                 self._overtaken[request_id] = self._overtaken.get(request_id, 0) + 1
@@ -48,9 +48,9 @@ class WaitingLine:
     def in_order(self) -> list[Tracked]:
         """Everybody, the next one first. A list of its own."""
         if not self._has_priorities:
-            return list(self._requests.values())
+            return list(self.requests.values())
         if self._ordered is None:
-            self._ordered = sorted(self._requests.values(), key=self._key)  # stable: arrival among equals
+            self._ordered = sorted(self.requests.values(), key=self._key)  # stable: arrival among equals
         return list(self._ordered)
 
     def _key(self, request: Tracked) -> tuple[bool, int]:

@@ -6,6 +6,8 @@ import numpy as np
 
 from cluster.types import Dispatch, WorkerInfo
 from cluster.worker.decode_request import TOKEN_BYTES
+from engine.kv.prefix_cache import LITTLE_INT32
+from engine.scheduler.request_state import largest_id
 
 PLACES_PER_ROW = 2
 
@@ -22,15 +24,15 @@ def dispatch_trouble(dispatch: Dispatch, info: WorkerInfo) -> tuple[str, str] | 
     """What the router should have caught, as (code, message): a bad id or length would take the rank down, and with it
     everybody's requests.
     """
-    parts = [dispatch.prompt, *(choice.outputs for choice in dispatch.choices)]
-    if not dispatch.prompt or not dispatch.choices or any(len(part) % TOKEN_BYTES for part in parts):
+    prompt, choices = dispatch.prompt, dispatch.choices
+    parts = [prompt, *[choice.outputs for choice in choices if choice.outputs]]
+    if not prompt or not choices or [part for part in parts if len(part) % TOKEN_BYTES]:
         return "invalid_value", "The prompt is empty or malformed."
-    if len({choice.index for choice in dispatch.choices}) != len(dispatch.choices):
+    if len(choices) > 1 and len({choice.index for choice in choices}) != len(choices):
         return "invalid_value", "Two choices have the same index."
-    ids = np.frombuffer(b"".join(parts), dtype="<u4")  # a negative id is a huge one
-    if int(ids.max()) >= (info.vocab_size or 1 << 31):
+    if largest_id(np.frombuffer(b"".join(parts), LITTLE_INT32)) >= (info.vocab_size or 1 << 31):
         return "invalid_value", "A token id is outside the vocabulary."
-    longest = max(len(dispatch.prompt) + len(choice.outputs) for choice in dispatch.choices) // TOKEN_BYTES
+    longest = (len(prompt) + max(map(len, parts[1:]), default=0)) // TOKEN_BYTES
     if info.max_model_len and longest >= info.max_model_len:
         return "context_length_exceeded", ""
     return None

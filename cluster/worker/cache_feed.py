@@ -5,7 +5,7 @@ Pure: the shell (worker/service.py, sim/worker.py) says which links stand and se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from cluster.types import CACHE_KEY_BYTES, CacheNews
 
@@ -36,17 +36,16 @@ class CacheFeed:
 
     def news(self, now: float, links: Sequence[str], *, soon: bool = False) -> list[tuple[str, CacheNews]]:
         """What to send now, by link. Nothing within FEED_S of the last time, unless `soon`."""
-        if not self._changed and links == self._told:
+        if (now < self._fed_at + FEED_S and not soon) or (not self._changed and links == self._told):
             return []
         new = [link for link in links if link not in self._told]
-        if not (new or self._changed) or (now < self._fed_at + FEED_S and not soon):
+        if not (new or self._changed):
             return []
         self._fed_at = now
         news: list[tuple[str, CacheNews]] = []
         if self._changed:
-            stored, evicted = (
-                b"".join(key for key, present in self._changed.items() if present is wanted) for wanted in (True, False)
-            )
+            stored = b"".join([key for key, present in self._changed.items() if present])
+            evicted = b"".join([key for key, present in self._changed.items() if not present])
             change = CacheNews(stored=stored, evicted=evicted)
             news += [(link, change) for link in links if link in self._told]
         if new:
@@ -57,6 +56,5 @@ class CacheFeed:
         return news
 
 
-def _split(keys: bytes) -> Iterator[bytes]:
-    for start in range(0, len(keys), CACHE_KEY_BYTES):
-        yield keys[start : start + CACHE_KEY_BYTES]
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[start : start + CACHE_KEY_BYTES] for start in range(0, len(keys), CACHE_KEY_BYTES)]

@@ -41,6 +41,7 @@ class WorkerMachine:
         self.role = RoleMachine(info)
         self.decode = DecodeMachine(info, layout, checksum_algorithm)
         self.prefill = PrefillMachine(info, layout, memory, checksum_algorithm)
+        self._next_timers = (self.decode.next_timer, self.prefill.next_timer, self.role.next_timer)
         self._tally = (0, 0)
 
     @property
@@ -118,7 +119,8 @@ class WorkerMachine:
 
     def on_events(self, now: float, events: StepEvents) -> list[Effect]:
         """What one step of the rank brought."""
-        effects = [*self.prefill.on_events(now, events), *self.decode.on_events(now, events)]
+        effects = self.prefill.on_events(now, events)
+        effects += self.decode.on_events(now, events)
         if of_role := self.role.on_events(now, events):
             effects += self._roles(now, of_role)
         return self._settle(now, effects)
@@ -130,8 +132,9 @@ class WorkerMachine:
 
     def next_timer(self) -> float | None:
         """The absolute monotonic second at which on_timer is to be called, or None."""
-        first = self.decode.next_timer()
-        for at in (self.prefill.next_timer(), self.role.next_timer()):
+        first = None
+        for next_timer in self._next_timers:
+            at = next_timer()
             if first is None or (at is not None and at < first):
                 first = at
         return first

@@ -40,6 +40,7 @@ from cluster.worker.effects import Effect, EndCall, SendFetch, ToEngine
 from cluster.worker.peer_rates import PeerRates
 from cluster.worker.served_call import ServedCall
 from engine.kv.layout import KVLayout
+from engine.kv.prefix_cache import LITTLE_INT32
 from engine.messages import (
     EndServe,
     Serve,
@@ -50,6 +51,7 @@ from engine.messages import (
     Serving,
     StepEvents,
 )
+from engine.scheduler.request_state import largest_id
 
 TAKE_LIMIT_S = 10.0
 ENGINE_SILENCE_S = 10.0
@@ -276,8 +278,7 @@ class PrefillMachine:
             )
         if not 0 <= call.start < call.end <= num_tokens or (mine.max_model_len and call.end > mine.max_model_len):
             return "range", f"[{call.start}, {call.end}) is not within {num_tokens} tokens and the context"
-        ids = np.frombuffer(call.tokens, dtype="<u4")  # a negative id is a huge one
-        if int(ids.max()) >= (mine.vocab_size or 1 << 31):
+        if largest_id(np.frombuffer(call.tokens, LITTLE_INT32)) >= (mine.vocab_size or 1 << 31):
             return "tokens", "a token id is outside the vocabulary"
         if call.remaining_ms <= 0:
             return "deadline", "the deadline has passed"

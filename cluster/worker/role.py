@@ -132,6 +132,8 @@ class RoleMachine:
         """What one step of the rank brought."""
         self._timers.note(now)
         effects: list[RoleEffect] = []
+        if self._canary is None and self._switch is None:
+            return effects  # most often
         for reply in events.replies:
             if isinstance(reply, RoleSet):
                 effects += self._on_role_set(now, reply)

@@ -53,7 +53,7 @@ class BlockManager:
         self._checksum = [0] * num_blocks
         self._free = deque(range(NULL_BLOCK + 1, num_blocks))
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently released first
-        self._num_quarantined = 0
+        self.num_quarantined = 0  # blocks that a late copy may still write
 
     @property
     def num_free(self) -> int:
@@ -61,14 +61,9 @@ class BlockManager:
         return len(self._free) + len(self._evictable)
 
     @property
-    def num_quarantined(self) -> int:
-        """Blocks that a late copy may still write."""
-        return self._num_quarantined
-
-    @property
     def num_referenced(self) -> int:
         """Blocks with at least one holder."""
-        return self.num_usable - self.num_free - self._num_quarantined
+        return self.num_usable - len(self._free) - len(self._evictable) - self.num_quarantined
 
     @property
     def num_served(self) -> int:
@@ -148,13 +143,13 @@ class BlockManager:
             assert self._state[block_id] is BlockState.LOADING, f"block {block_id} is not LOADING: nothing writes it"
             self._drop(block_id, served=False)
             self._state[block_id] = BlockState.QUARANTINED
-            self._num_quarantined += 1
+            self.num_quarantined += 1
 
     def end_quarantine(self, block_ids: Iterable[int]) -> None:
         """No copy will write these blocks any more."""
         for block_id in block_ids:
             assert self._state[block_id] is BlockState.QUARANTINED, f"block {block_id} is not in quarantine"
-            self._num_quarantined -= 1
+            self.num_quarantined -= 1
             self._set_free(block_id)
 
     def _hold(self, block_id: int, served: bool) -> None:

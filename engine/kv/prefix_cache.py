@@ -67,10 +67,8 @@ class PrefixCache:
         """Short keys that came, and that went, since the last call, each kind concatenated."""
         if not self._changes:
             return b"", b""
-        came, went = (
-            b"".join(key[:SHORT_KEY_BYTES] for key, present in self._changes.items() if present is wanted)
-            for wanted in (True, False)
-        )
+        came = b"".join([key[:SHORT_KEY_BYTES] for key, present in self._changes.items() if present])
+        went = b"".join([key[:SHORT_KEY_BYTES] for key, present in self._changes.items() if not present])
         self._changes = {}
         return came, went
 

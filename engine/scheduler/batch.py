@@ -63,6 +63,7 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
     """One step. Arrays have one entry per scheduled row, decode rows (query_len 1) first.
 
     rows, query_lens, num_computed: int32 [R]; samples: bool [R]. `scores`: prompt logprobs that requests asked for.
+    `predicted_ms` is how long the scheduler expects the step to take.
     """
 
     step: int
@@ -74,6 +75,7 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
     samples: npt.NDArray[np.bool_]
     num_decode_rows: int
     scores: tuple[PromptScore, ...] = ()
+    predicted_ms: float = 0.0
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,8 @@ from engine.scheduler.batch import NewBlocks, PromptScore, RowStart, ScheduledBa
 from engine.scheduler.request_state import Entry, LaunchedStep, Request, Seat, ServedCall
 from engine.scheduler.step_cost import StepCost
 
+_INT32 = np.dtype(np.int32)
+
 
 class BatchBuilder:
     """One step in the making. Decode rows are added first; prefill chunks share what they leave."""
@@ -15,6 +17,7 @@ class BatchBuilder:
     def __init__(self, *, cost: StepCost, max_ms: float, max_tokens: int, block_size: int) -> None:
         self._cost = cost
         self._ms_left = max_ms - cost.fixed_ms
+        self._rows_ms = 0.0
         self._tokens_left = max_tokens
         self._block_size = block_size
         self._decode: list[Entry] = []
@@ -80,7 +83,9 @@ class BatchBuilder:
         assert not self.has(entry.seat), f"row {entry.seat.row} is scheduled twice in one step"
         group.append(entry)
         self._rows.add(entry.seat.row)
-        self._ms_left -= self._cost.row_ms(entry.query_len, entry.seat.num_computed)
+        row_ms = self._cost.row_ms(entry.query_len, entry.seat.num_computed)
+        self._rows_ms += row_ms
+        self._ms_left -= row_ms
         self._tokens_left -= entry.query_len
 
     def build(self, step: int) -> tuple[ScheduledBatch, LaunchedStep] | None:
@@ -88,39 +93,37 @@ class BatchBuilder:
         entries = self._decode + self._prefill
         if not entries:
             return None
-        batch = ScheduledBatch(
-            step=step,
-            starts=self._starts(entries),
-            new_blocks=self._new_blocks(entries),
-            rows=np.array([entry.seat.row for entry in entries], dtype=np.int32),
-            query_lens=np.array([entry.query_len for entry in entries], dtype=np.int32),
-            num_computed=np.array([entry.seat.num_computed for entry in entries], dtype=np.int32),
-            samples=np.array([entry.samples for entry in entries], dtype=np.bool_),
-            num_decode_rows=len(self._decode),
-            scores=_scores(entries) if self._has_scores else (),
-        )
-        for entry in entries:
-            entry.seat.num_computed += entry.query_len
-            entry.seat.last_step = step
-        return batch, LaunchedStep(step=step, entries=entries)
-
-    def _starts(self, entries: list[Entry]) -> tuple[RowStart, ...]:
-        starts = []
-        for entry in entries:
-            if not entry.seat.started:
-                entry.seat.started = True
-                starts.append(entry.owner.row_start(entry.seat.row))
-        return tuple(starts)
-
-    def _new_blocks(self, entries: list[Entry]) -> tuple[NewBlocks, ...]:
-        news = []
+        starts: list[RowStart] = []
+        new_blocks: list[NewBlocks] = []
+        rows, query_lens, num_computed, samples = [], [], [], []
         for entry in entries:
             seat = entry.seat
+            if not seat.started:
+                seat.started = True
+                starts.append(entry.owner.row_start(seat.row))
             if seat.num_told_blocks < len(seat.block_ids):
-                told = np.array(seat.block_ids[seat.num_told_blocks :], dtype=np.int32)
-                news.append(NewBlocks(row=seat.row, first=seat.num_told_blocks, block_ids=told))
+                told = np.array(seat.block_ids[seat.num_told_blocks :], _INT32)
+                new_blocks.append(NewBlocks(row=seat.row, first=seat.num_told_blocks, block_ids=told))
                 seat.num_told_blocks = len(seat.block_ids)
-        return tuple(news)
+            rows.append(seat.row)
+            query_lens.append(entry.query_len)
+            num_computed.append(seat.num_computed)
+            samples.append(entry.samples)
+            seat.num_computed += entry.query_len
+            seat.last_step = step
+        batch = ScheduledBatch(
+            step=step,
+            starts=tuple(starts),
+            new_blocks=tuple(new_blocks),
+            rows=np.array(rows, _INT32),
+            query_lens=np.array(query_lens, _INT32),
+            num_computed=np.array(num_computed, _INT32),
+            samples=np.array(samples, np.bool_),
+            num_decode_rows=len(self._decode),
+            scores=_scores(entries) if self._has_scores else (),
+            predicted_ms=self._cost.fixed_ms + self._rows_ms,
+        )
+        return batch, LaunchedStep(step=step, entries=entries)
 
 
 def _scores(entries: list[Entry]) -> tuple[PromptScore, ...]:

@@ -23,7 +23,7 @@ class Landed(msgspec.Struct, kw_only=True):
     """What one landed step caused."""
 
     step: int
-    num_tokens: int
+    num_tokens: int = 0
     tokens: list[NewTokens] = []
     replies: list[ServeNews | PromptLogprobs | Paused] = []
 
@@ -33,21 +33,27 @@ def land_step(
 ) -> Landed:
     """Apply one result; rows that were given up meanwhile are dropped."""
     assert launched.step == result.step, f"step {result.step} lands, step {launched.step} was expected"
-    landed = Landed(step=result.step, num_tokens=sum([entry.query_len for entry in launched.entries]))
-    live = [(i, entry) for i, entry in enumerate(launched.entries) if not entry.seat.closed]
-    for _, entry in live:
-        entry.seat.num_landed += entry.query_len
+    landed = Landed(step=result.step)
+    live: list[tuple[int, Entry]] = []
+    for i, entry in enumerate(launched.entries):
+        landed.num_tokens += entry.query_len
+        if not entry.seat.closed:
+            entry.seat.num_landed += entry.query_len
+            live.append((i, entry))
     commit_complete_blocks([entry for _, entry in live], book, runner)
+    sampled = result.token_ids.tolist()
     for i, entry in live:
         if isinstance(entry.owner, ServedCall):
             landed.replies += served.offer(entry.owner, runner)
         elif entry.samples:
             entry.seat.num_sampling -= 1
-            landed.tokens.append(_land_token(entry.owner, i, result, book))
+            assert sampled[i] >= 0, f"row {i} of step {result.step} was to be sampled"
+            landed.tokens.append(_land_token(entry.owner, sampled[i], result.logprobs.get(i), book))
         if entry.scores is not None:
             landed.replies.append(_land_scores(entry, result.prompt_logprobs[i]))
     book.seats.landed(result.step)
-    landed.replies += settle(book)
+    if book.pausing:
+        landed.replies += settle(book)
     return landed
 
 
@@ -55,9 +61,10 @@ def commit_complete_blocks(entries: list[Entry], book: RequestBook, runner: Runn
     """Checksum (one call) and commit every block that these rows have completed."""
     blocks = book.seats.blocks
     complete: list[tuple[int, bytes]] = []
+    size = blocks.block_size
     for entry in entries:
-        end = entry.seat.num_landed // blocks.block_size
-        first = (entry.seat.num_landed - entry.query_len) // blocks.block_size
+        end = entry.seat.num_landed // size
+        first = (entry.seat.num_landed - entry.query_len) // size
         if first == end:
             continue
         keys = entry.owner.chain.hash_blocks(entry.owner.tokens()[: entry.seat.num_landed])
@@ -80,10 +87,8 @@ def _land_scores(entry: Entry, logprobs: tuple[TokenLogprobs, ...]) -> PromptLog
     return PromptLogprobs(request_id=request.request_id, first_position=scores.start, logprobs=logprobs)
 
 
-def _land_token(request: Request, index: int, result: StepResult, book: RequestBook) -> NewTokens:
+def _land_token(request: Request, token: int, logprobs: TokenLogprobs | None, book: RequestBook) -> NewTokens:
     """Append one sampled token; finish at a stop token or at the counted length."""
-    token = int(result.token_ids[index])
-    assert token >= 0, f"row {index} of step {result.step} was to be sampled"
     position = len(request.outputs)
     request.outputs.append(token)
     book.counters.generation_tokens += 1
@@ -95,7 +100,6 @@ def _land_token(request: Request, index: int, result: StepResult, book: RequestB
         finish = FinishReason.LENGTH
     if finish is not None:
         book.remove(request)
-    logprobs = result.logprobs.get(index)
     return NewTokens(
         request_id=request.request_id,
         first_position=position,

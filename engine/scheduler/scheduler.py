@@ -43,7 +43,7 @@ from engine.scheduler.prefill import admit_waiting, schedule_running_prefills, s
 from engine.scheduler.profile import Scales
 from engine.scheduler.pulls import Pulls
 from engine.scheduler.request_book import RequestBook, RequestRefusedError
-from engine.scheduler.request_state import Counters, LaunchedStep, ModelLimits, parse_tokens
+from engine.scheduler.request_state import Counters, LaunchedStep, ModelLimits, Request, parse_tokens
 from engine.scheduler.seats import Seats
 from engine.scheduler.served import ServedCalls, ServeNews
 from engine.scheduler.step_cost import StepCost
@@ -155,22 +155,29 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None when nothing can run now (see `num_in_flight`: landing may change that)."""
         assert len(self._in_flight) <= self._config.steps_in_flight, "a step must land before another is scheduled"
+        if not self.has_unfinished:
+            return None
+        book, served = self._book, self._served
         builder = BatchBuilder(
             cost=self.step_cost,
             max_ms=self._config.max_step_ms,
             max_tokens=self._config.max_batched_tokens,
             block_size=self.blocks.block_size,
         )
-        start_landed(self._book)
-        schedule_decode(self._book, builder)
-        running = self._book.in_order()
-        schedule_running_prefills(running, builder, only_pulled=True)
-        if self.role == "prefill":
-            self._news += self._served.schedule(builder)
+        if book.landed:
+            start_landed(book)
+        running: list[Request] = []
+        if book.running:
+            schedule_decode(book, builder)
+            running = book.in_order()
+            schedule_running_prefills(running, builder, only_pulled=True)
+        if served.calls and self.role == "prefill":
+            self._news += served.schedule(builder)
         schedule_running_prefills(running, builder)
-        admit_waiting(self._book, builder)
-        if self.role == "decode":
-            self._news += self._served.schedule(builder)
+        if book.landed or book.waiting:
+            admit_waiting(book, builder)
+        if served.calls and self.role == "decode":
+            self._news += served.schedule(builder)
         built = builder.build(self._step)
         if built is None:
             return None
@@ -186,7 +193,7 @@ class Scheduler:
     def take_news(self) -> list[ServeNews]:
         """News of served calls since the last call: progress of each, then pieces offered while scheduling."""
         news, self._news = self._news, []
-        return self._served.progress(self._own_tokens_ahead()) + news if self._served else news
+        return self._served.progress(self._own_tokens_ahead()) + news if self._served.calls else news
 
     def _own_tokens_ahead(self) -> int:
         """Own prefill tokens that go before served calls."""
@@ -197,12 +204,13 @@ class Scheduler:
         queued = computed = 0
         for request in self._book.waiting:
             queued += request.num_tokens
-        for request in (*self._book.running.values(), *self._book.landed.values()):
-            seat = request.seat
-            if seat is not None:
-                left = request.num_scheduled_tokens - seat.num_computed
-                queued += left if left > 1 else 0
-                computed += seat.num_computed
+        for state in (self._book.running, self._book.landed):
+            for request in state.values():
+                seat = request.seat
+                if seat is not None:
+                    left = request.num_scheduled_tokens - seat.num_computed
+                    queued += left if left > 1 else 0
+                    computed += seat.num_computed
         return queued, computed
 
     def load(self) -> Load:
@@ -213,7 +221,7 @@ class Scheduler:
             num_running=len(book.running),
             num_waiting=len(book.waiting) + len(book.landed),
             num_pulling=len(book.pulling),
-            num_served=len(self._served),
+            num_served=len(self._served.calls),
             queued_tokens=queued_tokens + self._served.queued_tokens,
             num_blocks=blocks.num_usable,
             num_free_blocks=blocks.num_free,

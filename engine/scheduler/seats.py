@@ -88,6 +88,8 @@ class Seats:
     def landed(self, step: int) -> None:
         """All kernels up to `step` have completed."""
         self._landed_step = step
+        if not self._closing:
+            return
         still_closing = []
         for seat in self._closing:
             if seat.last_step > step:

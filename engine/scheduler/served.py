@@ -23,22 +23,19 @@ class ServedCalls:
         self._book = book
         self._seats = book.seats
         self._blocks = book.seats.blocks
-        self._calls: dict[str, ServedCall] = {}
+        self.calls: dict[str, ServedCall] = {}  # by id
         self.num_started = 0  # ever
-
-    def __len__(self) -> int:
-        return len(self._calls)
 
     @property
     def wants_compute(self) -> bool:
         """Whether any call has tokens to compute or is on its way."""
-        return bool(self._calls) and not all(call.offered_all for call in self._calls.values())
+        return bool([call for call in self.calls.values() if not call.offered_all])
 
     @property
     def queued_tokens(self) -> int:
         """Tokens not yet scheduled."""
         queued = 0
-        for call in self._calls.values():
+        for call in self.calls.values():
             queued += call.end - call.seat.num_computed
         return queued
 
@@ -46,7 +43,7 @@ class ServedCalls:
         """Accept or refuse. Raises ValueError when the call makes no sense. `num_tokens_ahead` beyond the calls'."""
         block_size = self._blocks.block_size
         tokens = parse_tokens(command.tokens, self._book.limits.vocab_size)
-        if command.call_id in self._calls:
+        if command.call_id in self.calls:
             raise ValueError(f"call id {command.call_id!r} is in use")
         if command.start < 0 or command.start % block_size or not command.start <= command.end <= len(tokens):
             raise ValueError(f"[{command.start}, {command.end}) is not an aligned range of {len(tokens)} tokens")
@@ -78,7 +75,7 @@ class ServedCalls:
             seat=seat,
             num_offered=command.start // block_size,
         )
-        self._calls[call.call_id] = call
+        self.calls[call.call_id] = call
         news: list[ServeNews] = [
             Serving(call_id=call.call_id, cached_tokens=seat.num_computed, end_tokens=end, queued_tokens=queued)
         ]
@@ -88,14 +85,14 @@ class ServedCalls:
 
     def end(self, call_id: str) -> None:
         """Unpin. Unknown ids are ignored."""
-        call = self._calls.pop(call_id, None)
+        call = self.calls.pop(call_id, None)
         if call is not None:
             self._seats.close(call.seat)
 
     def schedule(self, builder: BatchBuilder) -> list[ServeNews]:
         """Add chunks in order of arrival; calls that start now offer what is cached."""
         news: list[ServeNews] = []
-        for call in self._calls.values():
+        for call in self.calls.values():
             if not call.num_remaining:
                 continue
             if not builder.has_room:
@@ -115,7 +112,7 @@ class ServedCalls:
         """News of every call that is not offered in full."""
         news: list[ServeNews] = []
         num_ahead = num_tokens_ahead
-        for call in self._calls.values():
+        for call in self.calls.values():
             if not call.offered_all:
                 news.append(
                     ServeProgress(

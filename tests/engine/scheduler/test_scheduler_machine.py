@@ -340,7 +340,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         book, seats = scheduler._book, list(scheduler._seats._closing)
         seated = [*book.running.values(), *book.pulling.values(), *book.landed.values(), *book.pausing.values()]
-        seats += [one.seat for one in (*seated, *scheduler._served._calls.values()) if one.seat]
+        seats += [one.seat for one in (*seated, *scheduler._served.calls.values()) if one.seat]
         refs = Counter(block_id for seat in seats for block_id in seat.block_ids)
         for request_id in self.paused():
             refs.update(self.requests[request_id].pinned(blocks))
