@@ -199,9 +199,12 @@ class EngineCore:
 
 def aborts_first(submitted: Iterable[Command]) -> list[Command]:
     """Aborts, then the rest in order, without the requests that an abort submitted after them has undone."""
+    commands = list(submitted)
+    if not [command for command in commands if isinstance(command, Abort)]:
+        return commands
     aborts: list[Command] = []
     others: list[Command] = []
-    for command in submitted:
+    for command in commands:
         if isinstance(command, Abort):
             aborts.append(command)
             others = [other for other in others if _opened_id(other) != command.request_id]

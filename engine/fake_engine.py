@@ -66,12 +66,11 @@ class FakeModel:
 
     def chain(self, previous: int, tokens: Sequence[int], first_position: int) -> list[int]:
         """Chain values of `tokens` from `first_position` on, after the value `previous`."""
-        values = []
         digest, pack = xxhash.xxh3_64_intdigest, _LINK.pack
-        for position, token in enumerate(tokens, start=first_position):
-            previous = digest(pack(previous, token, position))
-            values.append(previous)
-        return values
+        return [
+            previous := digest(pack(previous, token, position))
+            for position, token in enumerate(tokens, start=first_position)
+        ]
 
     def link(self, previous: int, token: int, position: int) -> int:
         """The chain value of one position, after the one before it."""
@@ -120,6 +119,8 @@ class FakeModel:
         limit = num_tokens if num_tokens is not None else params.max_tokens
         if limit is None:
             raise ValueError("give num_tokens for a request without max_tokens")
+        if not limit:
+            return []
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {self.eos_token_id})
         chain = self.chain(self.root, prompt, 0)
         digest = xxhash.xxh3_64(spread(chain, token_words).tobytes())

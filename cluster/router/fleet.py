@@ -19,7 +19,7 @@ HUNG_STEP_S = 10.0
 HUNG_HEARTBEATS = 2  # a worker that was stopped as a whole shows one old step when it wakes
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Worker:
     """One worker whose link is, or was, up."""
 

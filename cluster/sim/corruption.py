@@ -85,11 +85,12 @@ class Corruptor:
     def _piece(self, worker_id: str, piece: Piece) -> Piece:
         kind = next((kind for kind in self._armed if kind in WORD_KINDS), None)
         seen = self._pieces.setdefault(worker_id, deque(maxlen=16))
-        older = next((one for one in seen if _could_be(one, piece)), None)
+        before = tuple(seen)
         seen.append(piece)
         if kind is None:
             return piece
         if kind == "replay":
+            older = next((one for one in before if _could_be(one, piece)), None)
             if older is None:
                 return piece
             spoiled = replace(older)

@@ -8,11 +8,10 @@ for itself. Between connections any order is possible.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
-
-import msgspec
 
 from cluster.sim.clock import VirtualClock
 from cluster.sim.process import SimProcess
@@ -20,7 +19,8 @@ from cluster.sim.process import SimProcess
 KEEPALIVE_S = 3.0  # ping every second, 2 s for its answer (cluster/rpc/channel.py)
 
 
-class End(msgspec.Struct, kw_only=True, eq=False):
+@dataclass(kw_only=True, eq=False, slots=True)
+class End:
     """One end of a connection: whose it is and what it does with what arrives. `on_closed` comes at most once."""
 
     process: SimProcess

@@ -307,6 +307,8 @@ class SimWorker:
                 self._kick()
             case SendEntry():
                 self._outbox.setdefault(effect.link_id, []).append(effect.entry)
+            case SendFetch():
+                self._send_fetch(effect.call_id, effect.reply)
             case OpenFetch():
                 self._open_fetch(effect)
             case SendTaken():
@@ -319,8 +321,6 @@ class SimWorker:
                     fetch.close(0)
             case StartCopy():
                 self._start_copy(effect)
-            case SendFetch():
-                self._send_fetch(effect.call_id, effect.reply)
             case EndCall():
                 if (served := self._served.pop(effect.call_id, None)) is not None:
                     served.close(1)
@@ -385,7 +385,8 @@ class SimWorker:
         self._do(self.machine.on_events(now, events))
         if events.stored or events.evicted:
             self.cache_feed.on_step(events.stored, events.evicted)
-        self._feed()
+        if now >= self.cache_feed.due_at:
+            self._feed()
 
     def _landed(self, events: StepEvents | None) -> None:
         if self.hung:

@@ -20,7 +20,7 @@ class CacheFeed:
         self._held: dict[bytes, None] = {}
         self._changed: dict[bytes, bool] = {}
         self._told: tuple[str, ...] = ()
-        self._fed_at = float("-inf")
+        self.due_at = float("-inf")  # no news before, unless `soon`
 
     def on_step(self, stored: bytes, evicted: bytes) -> None:
         """What a step of the rank brought (StepEvents)."""
@@ -36,12 +36,12 @@ class CacheFeed:
 
     def news(self, now: float, links: Sequence[str], *, soon: bool = False) -> list[tuple[str, CacheNews]]:
         """What to send now, by link. Nothing within FEED_S of the last time, unless `soon`."""
-        if (now < self._fed_at + FEED_S and not soon) or (not self._changed and links == self._told):
+        if (now < self.due_at and not soon) or (not self._changed and links == self._told):
             return []
         new = [link for link in links if link not in self._told]
         if not (new or self._changed):
             return []
-        self._fed_at = now
+        self.due_at = now + FEED_S
         news: list[tuple[str, CacheNews]] = []
         if self._changed:
             stored = b"".join([key for key, present in self._changed.items() if present])

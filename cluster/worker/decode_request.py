@@ -18,7 +18,7 @@ TimerKind = Literal["deadline", "news", "silence", "space", "retry", "requeue", 
 TimerKey = tuple[str, TimerKind]
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class DecodeRequest:
     """One dispatched request at its decode worker. `adds` has one Add per choice; the first one pulls."""
 

@@ -18,7 +18,7 @@ from engine.kv.layout import KVLayout
 from engine.messages import Commit
 
 
-@dataclass(kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Landing:
     """A piece on its way into our blocks. `first` is the first block that we take of it."""
 

@@ -10,7 +10,7 @@ from engine.kv.layout import KVLayout
 from engine.messages import ServedPiece
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ServedCall:
     """State of one call. Blocks of [0, end) are pinned for it from Serve to EndServe."""
 

@@ -9,7 +9,7 @@ from cluster.types import FetchAccepted, Piece, SourceRef
 from engine.kv.layout import KVLayout
 
 
-@dataclass(kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SourceCall:
     """A call that we made: tokens [start, end), start a multiple of the block size, end = n - 1 of the request."""
 

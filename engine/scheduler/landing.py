@@ -23,7 +23,7 @@ class Landed(msgspec.Struct, kw_only=True):
     """What one landed step caused."""
 
     step: int
-    num_tokens: int = 0
+    num_tokens: int
     tokens: list[NewTokens] = []
     replies: list[ServeNews | PromptLogprobs | Paused] = []
 
@@ -33,13 +33,14 @@ def land_step(
 ) -> Landed:
     """Apply one result; rows that were given up meanwhile are dropped."""
     assert launched.step == result.step, f"step {result.step} lands, step {launched.step} was expected"
-    landed = Landed(step=result.step)
+    num_tokens = 0
     live: list[tuple[int, Entry]] = []
     for i, entry in enumerate(launched.entries):
-        landed.num_tokens += entry.query_len
+        num_tokens += entry.query_len
         if not entry.seat.closed:
             entry.seat.num_landed += entry.query_len
             live.append((i, entry))
+    landed = Landed(step=result.step, num_tokens=num_tokens)
     commit_complete_blocks([entry for _, entry in live], book, runner)
     sampled = result.token_ids.tolist()
     for i, entry in live:

@@ -29,10 +29,13 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
 
 
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+
+
 def parse_tokens(data: bytes, vocab_size: int) -> IntArray:
     """int32 [n] from little-endian bytes. Raises ValueError for a torn array or an id outside the vocabulary."""
     if not data:
-        return np.zeros(0, dtype=np.int32)
+        return _NO_TOKENS
     tokens = np.frombuffer(data, dtype=LITTLE_INT32).astype(np.int32)
     if largest_id(tokens) >= vocab_size:
         raise ValueError(f"token ids must be in [0, {vocab_size})")
@@ -48,7 +51,8 @@ def largest_id(tokens: IntArray) -> int:
 NO_ROW = -1  # of a seat whose prompt is pulled, until it runs
 
 
-class Seat(msgspec.Struct, kw_only=True, eq=False):
+@dataclass(slots=True, kw_only=True, eq=False)
+class Seat:
     """A row and its block table. Counts are tokens whose KV is scheduled (`num_computed`) or has landed."""
 
     row: int

@@ -215,18 +215,19 @@ class Scheduler:
 
     def load(self) -> Load:
         """Queues, blocks and totals now."""
-        blocks, counters, book = self.blocks, self._counters, self._book
+        blocks, counters, book, served = self.blocks, self._counters, self._book, self._served
         queued_tokens, context_tokens = self._own_tokens()
+        num_free, num_quarantined = blocks.num_free, blocks.num_quarantined
         return Load(
             num_running=len(book.running),
             num_waiting=len(book.waiting) + len(book.landed),
             num_pulling=len(book.pulling),
-            num_served=len(self._served.calls),
-            queued_tokens=queued_tokens + self._served.queued_tokens,
+            num_served=len(served.calls),
+            queued_tokens=queued_tokens + served.queued_tokens,
             num_blocks=blocks.num_usable,
-            num_free_blocks=blocks.num_free,
-            num_referenced_blocks=blocks.num_referenced,
-            num_quarantined_blocks=blocks.num_quarantined,
+            num_free_blocks=num_free,
+            num_referenced_blocks=blocks.num_usable - num_free - num_quarantined,
+            num_quarantined_blocks=num_quarantined,
             prefix_cache_queries=counters.prefix_cache_queries,
             prefix_cache_hits=counters.prefix_cache_hits,
             num_preemptions=counters.num_preemptions,
