@@ -256,22 +256,23 @@ class FakeRunner:
             table = self._rows[news.row].table
             assert news.first == len(table) < self._max_blocks, f"row {news.row}: a hole in its block table"
             table += news.block_ids.tolist()
-        shape = list(zip(batch.rows.tolist(), batch.num_computed.tolist(), batch.query_lens.tolist(), strict=True))
+        rows = [self._rows[row] for row in batch.rows.tolist()]
+        shape = list(zip(rows, batch.num_computed.tolist(), batch.query_lens.tolist(), strict=True))
         for row, num_computed, query_len in shape:
             if query_len == 1:
-                self._write_token(self._rows[row], num_computed)
+                self._write_token(row, num_computed)
             else:
-                self._write_kv(self._rows[row], num_computed, query_len)
+                self._write_kv(row, num_computed, query_len)
         token_ids = [-1] * len(shape)
         logprobs: dict[int, TokenLogprobs] = {}
         for i, samples in enumerate(batch.samples.tolist()):
             if samples:
                 row, num_computed, query_len = shape[i]
-                token_ids[i] = self._sample(self._rows[row], num_computed + query_len)
-                num_tops = self._rows[row].start.params.logprobs
+                token_ids[i] = self._sample(row, num_computed + query_len)
+                num_tops = row.start.params.logprobs
                 if num_tops is not None:
                     logprobs[i] = self._logprobs(token_ids[i], num_tops)
-        prompt_logprobs = {score.index: self._score(self._rows[shape[score.index][0]], score) for score in batch.scores}
+        prompt_logprobs = {score.index: self._score(rows[score.index], score) for score in batch.scores}
         sampled = np.array(token_ids, dtype=np.int32)
         return StepResult(step=batch.step, token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 

@@ -123,6 +123,8 @@ class Chaos:
         self._sim = sim
         self._rng = rng
         self._orders = list(orders)
+        self._sought = {order.stage for order in orders}
+        self._fallback_at = min([order.fallback_at for order in orders], default=0.0)
         self._corruptor = corruptor
         self._controller = controller
         self._disturbed = disturbed
@@ -139,6 +141,15 @@ class Chaos:
         return any(request_id == poisoned for poisoned, _ in self._poisoned)
 
     # ---- moments
+
+    def seeks(self, stage: str) -> bool:
+        """Whether `on_moment` may have something to do at a moment of this stage."""
+        return (
+            stage in self._sought
+            or bool(self._poisoned)
+            or not self._orders
+            or self._sim.clock.now >= self._fallback_at
+        )
 
     def on_moment(self, moment: Moment) -> None:
         """Strike with the first order that waited for this."""

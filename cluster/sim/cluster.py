@@ -172,7 +172,7 @@ class SimCluster:
         worker.rank.kill()
         self.network.process_died(worker.process)
         if restart_after_s is not None:
-            self.clock.after(restart_after_s, lambda: self._restart(worker))
+            self.clock.after(restart_after_s, self._restart, worker)
 
     def _restart(self, worker: SimWorker) -> None:
         if self.workers[worker.config.worker_id] is worker:
@@ -215,7 +215,7 @@ class SimCluster:
     def submit(self, submit: Submit, *, at: float | None = None, router: int = 0) -> None:
         """A request, now or later, to a router or, if that is dead by then, to the last one."""
         self._num_coming += 1
-        self.clock.at(self.clock.now if at is None else at, lambda: self._arrive(submit, router))
+        self.clock.at(self.clock.now if at is None else at, self._arrive, submit, router)
 
     def _arrive(self, submit: Submit, router: int) -> None:
         self._num_coming -= 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -56,10 +55,10 @@ class Connection:
         """Send from one end. Lost if either end has closed by then. `urgent` overtakes what went before."""
         sender, receiver = self.ends[side], self.ends[1 - side]
         if sender.open:
-            network, arrive = self._network, partial(receiver.receive, message)
-            network.deliver(self, 1 - side, arrive, num_bytes, urgent)
+            network = self._network
+            network.deliver(self, 1 - side, num_bytes, urgent, receiver.receive, message)
             if network.doubled is not None and network.doubled(sender.process, message):
-                network.deliver(self, 1 - side, arrive, num_bytes)
+                network.deliver(self, 1 - side, num_bytes, False, receiver.receive, message)
 
     def close(self, side: int) -> None:
         """Close from one end; the other hears of it after what was sent before."""
@@ -80,7 +79,7 @@ class Connection:
 
     def _deliver_end(self, side: int) -> None:
         end = self.ends[side]
-        self._network.deliver(self, side, partial(end.process.post, end.hear_closed))
+        self._network.deliver(self, side, 0, False, end.process.post, end.hear_closed)
 
 
 class Network:
@@ -104,7 +103,7 @@ class Network:
         self._slow: list[tuple[str, float, float]] = []  # (name, until, up to this many seconds more)
 
     def deliver(
-        self, connection: Connection, side: int, arrive: Callable[[], None], num_bytes: int = 0, urgent: bool = False
+        self, connection: Connection, side: int, num_bytes: int, urgent: bool, arrive: Callable[[Any], None], what: Any
     ) -> None:
         """Let something that leaves now arrive at one end of a connection. `urgent` overtakes what went before."""
         end, now = connection.ends[side], self.clock.now
@@ -115,7 +114,7 @@ class Network:
             if at < end.last_arrival:
                 at = end.last_arrival
             end.last_arrival = at
-        self.clock.at(at, arrive)
+        self.clock.at(at, arrive, what)
 
     def _later(self, at: float, sender: SimProcess, receiver: SimProcess, held_until: float) -> float:
         """When it arrives with what is wrong at the moment."""

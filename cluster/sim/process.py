@@ -27,15 +27,15 @@ class SimProcess:
         elif self.alive:
             run(*arguments)
 
-    def at(self, when: float, run: Callable[[], None]) -> None:
+    def at(self, when: float, run: Callable[..., None], *arguments: Any) -> None:
         """Set a timer; one that passes while the process is stopped fires when it goes on, before what arrived."""
-        self.clock.at(when, partial(self._timer, run))
+        self.clock.at(when, self._timer, run, *arguments)
 
-    def _timer(self, run: Callable[[], None]) -> None:
+    def _timer(self, run: Callable[..., None], *arguments: Any) -> None:
         if self.frozen:
-            self._timers.append(run)
+            self._timers.append(partial(run, *arguments))
         elif self.alive:
-            run()
+            run(*arguments)
 
     def freeze(self) -> None:
         """Stop it."""

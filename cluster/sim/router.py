@@ -134,7 +134,7 @@ class SimRouter:
         return self._linked.get(worker_id, "")
 
     def _connect_later(self, worker_id: str) -> None:
-        self.process.at(self._world.clock.now + RECONNECT_S, lambda: self.connect(worker_id))
+        self.process.at(self._world.clock.now + RECONNECT_S, self.connect, worker_id)
 
     def _down(self, worker_id: str) -> None:
         self._links.pop(worker_id, None)
@@ -164,7 +164,7 @@ class SimRouter:
 
     def _arm(self, at: float) -> None:
         self._wake_up_at = at
-        self.process.at(at, partial(self._wake_up, at))
+        self.process.at(at, self._wake_up, at)
 
     def _wake_up(self, at: float) -> None:
         if self._wake_up_at == at:

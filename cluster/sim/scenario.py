@@ -137,7 +137,7 @@ def _build(seed: int, rng: Random, trace: bool) -> _Run:
             stages_seen.deaf = True
             sim.watch(checker)
 
-    stages_seen = StageWatcher(sim.clock, on_moment)
+    stages_seen = StageWatcher(sim.clock, on_moment, chaos.seeks)
     sim.watch(checker, stages_seen)
     corruptor.watch(sim)
     spoiled_ended = sim.faults.copy_ended
@@ -215,12 +215,12 @@ def _play(run: _Run, rng: Random) -> None:
     sim, chaos = run.sim, run.chaos
     for _ in range(NUM_CORRUPTIONS):
         kind = rng.choice(CORRUPTIONS)
-        sim.clock.at(START_S + rng.random() * ARRIVALS_S, lambda kind=kind: run.corruptor.arm(kind))  # type: ignore[misc]
+        sim.clock.at(START_S + rng.random() * ARRIVALS_S, run.corruptor.arm, kind)
     requests = _requests(rng)
     for i, (at, submit, leaves) in enumerate(requests[:-NUM_LATE]):
         sim.submit(submit, at=at, router=i % 2)
         if leaves is not None:
-            sim.clock.at(leaves, lambda submit=submit: _leave(sim, submit.request_id))  # type: ignore[misc]
+            sim.clock.at(leaves, _leave, sim, submit.request_id)
     sim.run_until(FALLBACK_AT_S)
     for i, (_, submit, _) in enumerate(requests[-NUM_LATE:]):
         at = sim.clock.now if chaos.stands_since is None else chaos.stands_since + LATE_S[i]

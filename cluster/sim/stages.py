@@ -48,12 +48,15 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageWatcher:
-    """Tells `listener` of every moment."""
+    """Tells `listener` of every moment of a stage that it `seeks` then."""
 
-    def __init__(self, clock: VirtualClock, listener: Callable[[Moment], None]) -> None:
+    def __init__(
+        self, clock: VirtualClock, listener: Callable[[Moment], None], seeks: Callable[[str], bool] = lambda stage: True
+    ) -> None:
         self.deaf = False  # nobody listens any more, nor will: it need not watch from then on
         self._clock = clock
         self._listener = listener
+        self._seeks = seeks
         self._dispatched: dict[str, tuple[str, str]] = {}  # request -> (router, worker)
         self._sources: dict[str, str] = {}
         self._reserved: set[str] = set()
@@ -137,8 +140,10 @@ class StageWatcher:
             self._clock.after(NO_ROW_AFTER_S, look)
 
     def _tell(self, stage: str, request_id: str) -> None:
+        if self.deaf or not self._seeks(stage):
+            return
         dispatched = self._dispatched.get(request_id)
-        if self.deaf or dispatched is None:
+        if dispatched is None:
             return
         router_id, worker_id = dispatched
         source_id = self._sources.get(request_id, "")

@@ -273,7 +273,7 @@ class SimWorker:
         source, fence = self._source_memory.get(piece.call_id), self._fences.get(piece.call_id)
         faults.copy_started(self.incarnation, effect)
         delay_s = usual if asked is None else asked
-        self.process.at(self._world.clock.now + delay_s, partial(self._copied, effect, source, fence))
+        self.process.at(self._world.clock.now + delay_s, self._copied, effect, source, fence)
 
     def _copied(self, effect: StartCopy, source: ArrayMemory | None, fence: CallFence | None) -> None:
         piece, faults = effect.piece, self._world.faults
@@ -344,7 +344,7 @@ class SimWorker:
 
     def _arm(self, at: float) -> None:
         self._wake_up_at = at
-        self.process.at(at, partial(self._wake_up, at))
+        self.process.at(at, self._wake_up, at)
 
     def _wake_up(self, at: float) -> None:
         if self._wake_up_at == at:
@@ -375,10 +375,10 @@ class SimWorker:
         events = self.core.step(self._announce)
         jitter = 1.0 + self.config.step_jitter * (2.0 * self._jitter.random() - 1.0)
         done_at = self._world.clock.now + self.core.last_step_cost_s * jitter + RING_S
-        self.rank.at(done_at, partial(self._landed, events))
+        self.rank.at(done_at, self._landed, events)
 
     def _announce(self, events: StepEvents) -> None:
-        self._world.clock.at(self._world.clock.now + RING_S, partial(self.process.post, self._hear, events))
+        self._world.clock.at(self._world.clock.now + RING_S, self.process.post, self._hear, events)
 
     def _hear(self, events: StepEvents) -> None:
         now = self._world.clock.now

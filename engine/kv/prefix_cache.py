@@ -8,9 +8,9 @@ So a key names everything that the KV of its block depends on. Torch-free, clock
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ SHORT_KEY_BYTES = 8  # of a key, where others are only told of it
 @lru_cache(maxsize=256)
 def root_key(identity: str, cache_salt: bytes = b"") -> bytes:
     """The parent of every first block. Parts are length-prefixed, so more (adapter, media) can be added later."""
-    digest = hashlib.sha256()
+    digest = sha256()
     for part in (identity.encode(), cache_salt):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
@@ -40,15 +40,16 @@ class HashChain:
 
     def hash_blocks(self, tokens: IntArray) -> list[bytes]:
         """Keys of the complete blocks of `tokens` (int32 [n]), which must agree with what earlier calls were given."""
-        num_blocks, num_known = len(tokens) // self._block_size, len(self._keys)
+        keys, block_size = self._keys, self._block_size
+        num_blocks, num_known = len(tokens) // block_size, len(keys)
         if num_known < num_blocks:
-            size, first = 4 * self._block_size, num_known * self._block_size
-            parent = self._keys[-1] if self._keys else self._root
-            data = tokens[first : num_blocks * self._block_size].astype(LITTLE_INT32, copy=False).tobytes()
+            size = 4 * block_size
+            parent = keys[-1] if keys else self._root
+            data = tokens[num_known * block_size : num_blocks * block_size].astype(LITTLE_INT32, copy=False).tobytes()
             for start in range(0, len(data), size):
-                parent = hashlib.sha256(parent + data[start : start + size]).digest()
-                self._keys.append(parent)
-        return self._keys[:num_blocks]
+                parent = sha256(parent + data[start : start + size]).digest()
+                keys.append(parent)
+        return keys[:num_blocks]
 
 
 class PrefixCache:

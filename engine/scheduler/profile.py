@@ -45,7 +45,7 @@ class Profile:
         num_tokens = self.chunk_tokens(self.max_step_ms)
         return num_tokens, self.prefill_step_ms(num_tokens)
 
-    @property
+    @cached_property
     def known(self) -> bool:
         """Whether anything was measured."""
         return bool(self.prefill and self.decode)
