@@ -21,6 +21,8 @@ Key = TypeVar("Key", bound=Hashable)
 class Timers(Generic[Key]):
     """Deadlines by key; one key has at most one. Every time is an absolute monotonic second."""
 
+    __slots__ = ("_at", "_heap", "_noted", "_serial", "_silence_limits", "num_lags")
+
     def __init__(self) -> None:
         self._at: dict[Key, tuple[float, int, Key]] = {}  # the heap has this entry of a key, or an earlier one
         self._silence_limits: dict[Key, float] = {}

@@ -278,8 +278,10 @@ class FakeRunner:
 
     def _value_before(self, row: _Row, position: int) -> int:
         """The chain value of the position before this one, as it lies in the pool."""
+        if not position:
+            return self.model.root
         block, offset = divmod(position - 1, self._block_size)
-        return self._pool.item(row.table[block], 0, offset, 0) if position else self.model.root
+        return self._pool.item(row.table[block], 0, offset, 0)
 
     def _write_token(self, row: _Row, position: int) -> None:
         """What _write_kv does, for one token: every decode row of every step comes here."""
@@ -294,13 +296,13 @@ class FakeRunner:
         tokens = row.tokens[num_computed:end]
         assert len(tokens) == query_len, f"row {row.start.row} computes tokens that it does not have"
         chain = self.model.chain(self._value_before(row, num_computed), tokens, num_computed)
-        words3 = spread(chain, self._token_words).reshape(query_len, -1, self._head_words)  # [n, L * 2 * H, D / 8]
-        at = num_computed
+        words3 = spread(chain, self._token_words).reshape(query_len, -1, self._head_words).swapaxes(0, 1)
+        at = num_computed  # words3 is [L * 2 * H, n, D / 8], as the pool has it
         while at < end:
             block_id, first = row.table[at // size], at % size
             assert block_id, f"row {row.start.row} writes into the null block"
             num = min(size - first, end - at)
-            self._pool[block_id, :, first : first + num] = words3[at - num_computed :][:num].swapaxes(0, 1)
+            self._pool[block_id, :, first : first + num] = words3[:, at - num_computed : at - num_computed + num]
             at += num
 
     def _sample(self, row: _Row, n: int) -> int:

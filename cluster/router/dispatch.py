@@ -159,7 +159,9 @@ class Dispatcher:
                 effects += self._on_moved(now, request, entry)
             else:
                 effects += self._on_failed(now, request, entry)
-        return effects + self._place_waiting(now)
+        if self._waiting.requests or self._waiting_again.requests:
+            effects += self._place_waiting(now)
+        return effects
 
     def _on_side_news(self, now: float, worker_id: str, entry: CacheNews | SourceFailed) -> None:
         """What a worker says beside the answers."""
@@ -248,8 +250,8 @@ class Dispatcher:
         request.answered = False
         request.worker_id = decoder.worker_id
         request.note(now, "dispatched", decoder.worker_id)
-        for kind in ("retry", "no_worker"):
-            self._timers.clear((request.request_id, kind))
+        self._timers.clear((request.request_id, "retry"))
+        self._timers.clear((request.request_id, "no_worker"))
         self.counters["dispatched"] += 1
         moved = self.recovery.placed(request, decoder.worker_id)
         dispatch = request.dispatch(now, decoder, refs, moved=moved)

@@ -250,7 +250,8 @@ class DecodeMachine:
                 self._num_finished += 1
                 self._forget(request)
         effects: list[Effect] = [SendEntry(link_id=request.link_id, entry=entry)]
-        effects += [ToEngine(command=add) for add in held]
+        if held:
+            effects += [ToEngine(command=add) for add in held]
         if tokens.finish_reason is not None:
             return effects + self._giving.on_finished(request)
         return effects + (self._giving.consider(request, self.info.profile, self._load) if first else [])

@@ -87,6 +87,7 @@ class Puller:
         self._owner = owner
         self._calls: dict[str, DecodeRequest] = {}
         self._line = SpaceLine(layout, timers)
+        self.on_free_blocks = self._line.on_free_blocks  # space may have come free
         self._copies: dict[int, tuple[Reservation, DecodeRequest]] = {}
         self._num_copies = 0
         self._remote_only: dict[str, None] = {}  # source incarnations whose memory we cannot open
@@ -120,10 +121,6 @@ class Puller:
         if isinstance(reply, Reserved):
             return self._on_reserved(now, request, reply)
         return self._on_no_space(now, request, reply.never)
-
-    def on_free_blocks(self, num_free: int) -> list[Effect]:
-        """Space may have come free."""
-        return self._line.on_free_blocks(num_free)
 
     def _on_reserved(self, now: float, request: DecodeRequest, reply: Reserved) -> list[Effect]:
         effects = self._line.leave(request)

@@ -89,12 +89,12 @@ class BlockManager:
 
     def can_take(self, matched: Sequence[int], num_new: int) -> bool:
         """Whether `acquire(matched)` then `allocate(num_new)` would succeed."""
-        num_matched_free = sum(1 for block_id in matched if self._num_refs[block_id] == 0)
+        num_matched_free = len([block_id for block_id in matched if self._num_refs[block_id] == 0])
         return num_new <= self.num_free - num_matched_free
 
     def can_serve(self, matched: Sequence[int], num_new: int) -> bool:
         """Whether a served call taking these blocks stays within the quota of served blocks."""
-        num_extra = sum(1 for block_id in matched if block_id not in self._num_served_refs)
+        num_extra = len([block_id for block_id in matched if block_id not in self._num_served_refs])
         return self.num_served + num_extra + num_new <= self.served_quota
 
     def acquire(self, block_ids: Iterable[int], *, served: bool = False) -> None:
@@ -128,11 +128,12 @@ class BlockManager:
 
     def release(self, block_ids: Sequence[int], *, served: bool = False) -> None:
         """Drop one holder of each block; later blocks of a sequence are evicted before earlier ones."""
+        num_refs, cache = self._num_refs, self.cache
         for block_id in reversed(block_ids):
             self._drop(block_id, served)
-            if self._num_refs[block_id] > 0:
+            if num_refs[block_id] > 0:
                 continue
-            if block_id in self.cache:
+            if block_id in cache:
                 self._evictable[block_id] = None
             else:
                 self._set_free(block_id)

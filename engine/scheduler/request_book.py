@@ -46,6 +46,7 @@ class RequestBook:
         self.pausing: dict[str, Request] = {}
         self.paused: dict[str, Request] = {}
         self._eos_ids = frozenset(limits.eos_token_ids)
+        self._root = root_key(limits.identity)
         self._num_arrivals = 0
         self._has_priorities = False  # any request so far had one
 
@@ -61,7 +62,8 @@ class RequestBook:
 
     def chain(self, cache_salt: bytes) -> HashChain:
         """A new hash chain under this model's identity."""
-        return HashChain(root_key(self.limits.identity, cache_salt), self.seats.blocks.block_size)
+        root = root_key(self.limits.identity, cache_salt) if cache_salt else self._root
+        return HashChain(root, self.seats.blocks.block_size)
 
     def parse(self, add: Add) -> Request:
         """Check and convert. Raises ValueError for bad tokens, RequestRefusedError for what can never fit."""
