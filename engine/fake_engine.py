@@ -10,7 +10,6 @@ It makes no difference how the prompt was chunked, batched, cached or pulled, no
 from __future__ import annotations
 
 import struct
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +37,7 @@ WordArray = npt.NDArray[np.uint64]
 _LINK = struct.Struct("<Qii")
 _NOISE = struct.Struct("<QQII")
 _WORD_MASK = (1 << 64) - 1
+_UINT64 = np.dtype(np.uint64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,7 @@ class FakeModel:
 
 def spread(chain: Sequence[int], num_words: int) -> WordArray:
     """uint64 [n, num_words]: each position's chain value, once as it is and then by odd multiples (all invertible)."""
-    values: WordArray = np.frombuffer(array("Q", chain), dtype=np.uint64)  # numpy takes 10 times as long over the list
-    return values[:, None] * odd_multipliers(num_words)
+    return np.array(chain, _UINT64)[:, None] * odd_multipliers(num_words)
 
 
 @cache
@@ -213,7 +212,14 @@ class FakeRunner:
         self._head_words = layout.head_dim // 8
         # uint64 [num_blocks, L * 2 * H, block_size, D / 8], a view
         self._pool = memory.bytes6.view(np.uint64).reshape(layout.num_blocks, -1, layout.block_size, self._head_words)
-        self._odd2 = odd_multipliers(self._token_words).reshape(-1, self._head_words)  # [L * 2 * H, D / 8]
+        self._words = memory.bytes6.data.cast("B").cast("Q")  # all of it, flat: for single tokens
+        block_words, piece_words = layout.block_bytes // 8, layout.block_size * self._head_words
+        self._block_words = block_words
+        # of a block's first token: where its words lie, and their factors
+        self._token_layout = [
+            (index // self._head_words * piece_words + index % self._head_words, factor)
+            for index, factor in enumerate(odd_multipliers(self._token_words).tolist())
+        ]
         self._max_blocks = layout.blocks_for(max_model_len)
         self._speed = speed
         self._sleep = sleep
@@ -281,14 +287,17 @@ class FakeRunner:
         if not position:
             return self.model.root
         block, offset = divmod(position - 1, self._block_size)
-        return self._pool.item(row.table[block], 0, offset, 0)
+        return self._words[row.table[block] * self._block_words + offset * self._head_words]
 
     def _write_token(self, row: _Row, position: int) -> None:
-        """What _write_kv does, for one token: every decode row of every step comes here."""
-        block_id = row.table[position // self._block_size]
+        """What _write_kv does, for one token (every decode row of every step): without arrays in half the time."""
+        block, offset = divmod(position, self._block_size)
+        block_id = row.table[block]
         assert block_id, f"row {row.start.row} writes into the null block"
         value = self.model.link(self._value_before(row, position), row.tokens[position], position)
-        self._pool[block_id, :, position % self._block_size] = self._odd2 * value
+        words, first = self._words, block_id * self._block_words + offset * self._head_words
+        for at, factor in self._token_layout:
+            words[first + at] = value * factor & _WORD_MASK
 
     def _write_kv(self, row: _Row, num_computed: int, query_len: int) -> None:
         """Block by block: plain slices take a fraction of what indexing by arrays of positions would."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from cluster.types import Dispatch, WorkerInfo
 from cluster.worker.decode_request import TOKEN_BYTES
-from engine.kv.prefix_cache import LITTLE_INT32
 from engine.scheduler.request_state import largest_id
 
 PLACES_PER_ROW = 2
@@ -30,7 +27,7 @@ def dispatch_trouble(dispatch: Dispatch, info: WorkerInfo) -> tuple[str, str] | 
         return "invalid_value", "The prompt is empty or malformed."
     if len(choices) > 1 and len({choice.index for choice in choices}) != len(choices):
         return "invalid_value", "Two choices have the same index."
-    if largest_id(np.frombuffer(b"".join(parts), LITTLE_INT32)) >= (info.vocab_size or 1 << 31):
+    if largest_id(b"".join(parts)) >= (info.vocab_size or 1 << 31):
         return "invalid_value", "A token id is outside the vocabulary."
     longest = (len(prompt) + max(map(len, parts[1:]), default=0)) // TOKEN_BYTES
     if info.max_model_len and longest >= info.max_model_len:

@@ -18,8 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-import numpy as np
-
 from cluster.timers import Timers
 from cluster.types import (
     NEWS_S,
@@ -40,7 +38,6 @@ from cluster.worker.effects import Effect, EndCall, SendFetch, ToEngine
 from cluster.worker.peer_rates import PeerRates
 from cluster.worker.served_call import ServedCall
 from engine.kv.layout import KVLayout
-from engine.kv.prefix_cache import LITTLE_INT32
 from engine.messages import (
     EndServe,
     Serve,
@@ -278,7 +275,7 @@ class PrefillMachine:
             )
         if not 0 <= call.start < call.end <= num_tokens or (mine.max_model_len and call.end > mine.max_model_len):
             return "range", f"[{call.start}, {call.end}) is not within {num_tokens} tokens and the context"
-        if largest_id(np.frombuffer(call.tokens, LITTLE_INT32)) >= (mine.vocab_size or 1 << 31):
+        if largest_id(call.tokens) >= (mine.vocab_size or 1 << 31):
             return "tokens", "a token id is outside the vocabulary"
         if call.remaining_ms <= 0:
             return "deadline", "the deadline has passed"

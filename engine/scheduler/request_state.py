@@ -29,6 +29,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
 
 
+_LITTLE_UINT32 = np.dtype("<u4")
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
@@ -36,16 +37,18 @@ def parse_tokens(data: bytes, vocab_size: int) -> IntArray:
     """int32 [n] from little-endian bytes. Raises ValueError for a torn array or an id outside the vocabulary."""
     if not data:
         return _NO_TOKENS
-    tokens = np.frombuffer(data, dtype=LITTLE_INT32).astype(np.int32)
-    if largest_id(tokens) >= vocab_size:
+    if largest_id(data) >= vocab_size:
         raise ValueError(f"token ids must be in [0, {vocab_size})")
-    return tokens
+    return np.frombuffer(data, LITTLE_INT32).astype(np.int32)
 
 
-def largest_id(tokens: IntArray) -> int:
-    """The largest of some token ids; a negative one is a huge one. By its place: a third of the time of `max()`."""
-    ids = tokens.view(np.uint32)
-    return int(ids[ids.argmax()])
+def largest_id(data: bytes) -> int:
+    """The largest of some token ids (little-endian, not none); a negative one is a huge one.
+
+    By its place: `max()` takes three times as long over a short array. Raises ValueError for a torn one.
+    """
+    ids = np.frombuffer(data, _LITTLE_UINT32)
+    return int(ids.item(ids.argmax()))
 
 
 NO_ROW = -1  # of a seat whose prompt is pulled, until it runs
