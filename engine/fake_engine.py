@@ -156,6 +156,12 @@ class ArrayMemory:
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self.bytes6: ByteArray = np.zeros(layout.byte_shape, dtype=np.uint8)
+        self._flat = self.bytes6.data.cast("B")
+
+    def whole(self, block_id: int) -> memoryview:
+        """The bytes of one whole block, to be read and written: in a fraction of an array's time."""
+        start = block_id * self.layout.block_bytes
+        return self._flat[start : start + self.layout.block_bytes]
 
     def block(self, block_id: int) -> ByteArray:
         """uint8 [block_bytes], a view of one whole block."""

@@ -146,7 +146,7 @@ def test_more_work_never_takes_less_time(
     source = worker("p1", cached_tokens=cached, rates=rate("d1"))
     base = remote(asked, decode, source)
     assert base.ttft_ms > 0.0 and base.cost_ms >= base.ttft_ms
-    assert remote(asked, decode, replace(source, backlog_ms=backlog_ms)).ttft_ms >= base.ttft_ms
+    assert remote(asked, decode, replace(source, backlog_ms=backlog_ms)).ttft_ms >= base.ttft_ms - 1e-9
     assert remote(asked, decode, replace(source, scales=(factor, 1.0))).ttft_ms >= base.ttft_ms - 1e-9
     assert remote(asked, decode, replace(source, cached_tokens=max(0, cached - also))).compute_ms >= base.compute_ms
     assert alone(asked, replace(decode, num_sequences=rows + 1)).cost_ms >= alone(asked, decode).cost_ms - 1e-9
