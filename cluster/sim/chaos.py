@@ -142,14 +142,9 @@ class Chaos:
 
     # ---- moments
 
-    def seeks(self, stage: str) -> bool:
-        """Whether `on_moment` may have something to do at a moment of this stage."""
-        return (
-            stage in self._sought
-            or bool(self._poisoned)
-            or not self._orders
-            or self._sim.clock.now >= self._fallback_at
-        )
+    def seeks(self, stage: str, at: float) -> bool:
+        """Whether `on_moment` may have something to do at a moment of this stage at that time."""
+        return stage in self._sought or at >= self._fallback_at or not self._orders
 
     def on_moment(self, moment: Moment) -> None:
         """Strike with the first order that waited for this."""

@@ -151,21 +151,24 @@ class Checker:
         inner = machine.on_dispatch
         taken: set[tuple[str, int]] = set()
 
+        def report(mine: WorkerInfo, dispatch: Dispatch, what: str) -> None:
+            name = f"{mine.worker_id} (epoch {mine.epoch}, {mine.state}), {dispatch.request_id}/{dispatch.attempt}"
+            self.report(f"{name}: {what}")
+
         def on_dispatch(now: float, link_id: str, dispatch: Dispatch) -> list[Effect]:
             mine = machine.info
-            num_stale = machine.counters["stale_dispatches"]
+            num_stale = machine.counters.get("stale_dispatches", 0)
             effects = inner(now, link_id, dispatch)
             self.num_checks += 1
-            name = f"{mine.worker_id} (epoch {mine.epoch}, {mine.state}), {dispatch.request_id}/{dispatch.attempt}"
             answers = [effect.entry for effect in effects if isinstance(effect, SendEntry)]
             codes = [entry.code for entry in answers if isinstance(entry, Failed)]
             fits = (dispatch.incarnation, dispatch.epoch) == (mine.incarnation, mine.epoch) and mine.state == "ready"
-            stale = machine.counters["stale_dispatches"] > num_stale
+            stale = machine.counters.get("stale_dispatches", 0) > num_stale
             if not stale and fits == (REFUSED in codes):
-                self.report(f"{name} of epoch {dispatch.epoch}: {'refused' if fits else 'taken'}")
+                report(mine, dispatch, f"{'refused' if fits else 'taken'}, it names epoch {dispatch.epoch}")
             if fits and not codes and not stale:
                 if (dispatch.request_id, dispatch.attempt) in taken:
-                    self.report(f"{name}: taken twice")
+                    report(mine, dispatch, "taken twice")
                 taken.add((dispatch.request_id, dispatch.attempt))
             return effects
 

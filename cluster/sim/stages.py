@@ -51,7 +51,7 @@ class StageWatcher:
     """Tells `listener` of every moment of a stage that it `seeks` then."""
 
     def __init__(
-        self, clock: VirtualClock, listener: Callable[[Moment], None], seeks: Callable[[str], bool] = lambda stage: True
+        self, clock: VirtualClock, listener: Callable[[Moment], None], seeks: Callable[[str, float], bool]
     ) -> None:
         self.deaf = False  # nobody listens any more, nor will: it need not watch from then on
         self._clock = clock
@@ -130,17 +130,17 @@ class StageWatcher:
         self._tell("waiting for source", effect.open.request_id)
 
     def _look_for_row(self, worker: SimWorker, engine_id: str) -> None:
-        core = worker.core
-        if owner := _owner(engine_id):
+        core, at = worker.core, self._clock.now + NO_ROW_AFTER_S
+        if self._seeks("waiting for row", at) and (owner := _owner(engine_id)):
 
             def look() -> None:
                 if worker.core is core and core.scheduler.lacks_row(engine_id):
                     self._tell("waiting for row", owner)
 
-            self._clock.after(NO_ROW_AFTER_S, look)
+            self._clock.at(at, look)
 
     def _tell(self, stage: str, request_id: str) -> None:
-        if self.deaf or not self._seeks(stage):
+        if self.deaf or not self._seeks(stage, self._clock.now):
             return
         dispatched = self._dispatched.get(request_id)
         if dispatched is None:
