@@ -202,8 +202,9 @@ class Chooser:
         )
 
     def on_cache_news(self, worker_id: str, news: CacheNews) -> None:
-        """A worker's prefix cache changed."""
-        self.index.update(worker_id, news)
+        """A worker's prefix cache changed. A policy that never asks for it needs no index."""
+        if self._policy.wants_cache:
+            self.index.update(worker_id, news)
 
     def on_source_failed(self, now: float, worker_id: str, failed: SourceFailed) -> None:
         """A decode worker reports a source. It counts whatever has become of the request."""

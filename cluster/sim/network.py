@@ -15,6 +15,7 @@ from typing import Any
 from cluster.sim.clock import VirtualClock
 from cluster.sim.process import SimProcess
 
+MANY_CONNECTIONS = 48  # closed ones are forgotten when there are so many
 KEEPALIVE_S = 3.0  # ping every second, 2 s for its answer (cluster/rpc/channel.py)
 
 
@@ -155,7 +156,8 @@ class Network:
     def connect(self, opener: End, other: End) -> Connection:
         """Connect two ends. One to a dead process closes after the usual delay."""
         connection = Connection(self, (opener, other))
-        self._connections = [old for old in self._connections if old.ends[0].open or old.ends[1].open]
+        if len(self._connections) >= MANY_CONNECTIONS:
+            self._connections = [old for old in self._connections if old.ends[0].open or old.ends[1].open]
         self._connections.append(connection)
         if not other.process.alive:
             connection.close(1)
