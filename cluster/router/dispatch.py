@@ -200,6 +200,11 @@ class Dispatcher:
 
     # ---- for people
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
     def status(self) -> DispatchStatus:
         """A snapshot."""
         num_waiting = len(self._waiting) + len(self._waiting_again)

@@ -284,18 +284,17 @@ class SimCluster:
         for worker_id, worker in self.workers.items():
             if not worker.process.alive:
                 continue
-            referenced, quarantined = self.num_held_blocks(worker_id)
+            load = worker.core.load()
+            referenced, quarantined = load.num_referenced_blocks, load.num_quarantined_blocks
             if referenced or quarantined:
                 found.append(f"{worker_id}: {referenced} referenced, {quarantined} quarantined blocks")
             if worker.decode.num_live or worker.prefill.num_calls:
                 found.append(f"{worker_id}: {worker.decode.num_live} choices, {worker.prefill.num_calls} served calls")
-            load = worker.core.load()
             if load.num_assigned or load.num_served:
                 found.append(f"{worker_id}: the rank has {load}")
         for router in self.routers:
             if not router.process.alive:
                 continue
-            status = router.dispatcher.status()
-            if status.num_waiting or status.num_running:
-                found.append(f"{router.router_id}: {status.num_waiting} waiting, {status.num_running} running")
+            if num_live := router.dispatcher.num_live:
+                found.append(f"{router.router_id}: {num_live} requests that have not ended")
         return found

@@ -47,6 +47,7 @@ SMALL_POOL = 16  # blocks: just enough for the longest request
 FREED_WITHIN_S = 1.0
 MOST_STEPS = 200_000  # a run has 2,000: one that never rests is a violation, too
 POLICIES = ("least-loaded", "power-of-two", "predicted", "prefix-aware", "round-robin")
+_MODEL = FakeModel(stop_probability=0.02)
 _RARE = ("waiting for space", "moved", *PHASES)  # stages that few requests come through: dealt twice
 _DECK = (*CELLS, *(cell for cell in CELLS if cell[1] in _RARE))
 _SHUFFLED = tuple(Random(7).sample(_DECK, len(_DECK)))
@@ -170,7 +171,7 @@ def _workers(rng: Random, *, crowded: bool, full: bool) -> tuple[SimWorkerConfig
         )
         fake = FakeConfig(
             engine=engine,
-            model=FakeModel(stop_probability=0.02),
+            model=_MODEL,
             speed=StepCost(fixed_ms=fixed_ms, ms_per_token=rng.choice((0.03, 0.05, 0.15))),
             num_blocks=SMALL_POOL if full and role == "decode" else rng.choice((64, 128)),
             num_layers=2,
