@@ -159,9 +159,7 @@ class Dispatcher:
                 effects += self._on_moved(now, request, entry)
             else:
                 effects += self._on_failed(now, request, entry)
-        if self._waiting.requests or self._waiting_again.requests:
-            effects += self._place_waiting(now)
-        return effects
+        return effects + self._place_waiting(now)
 
     def _on_side_news(self, now: float, worker_id: str, entry: CacheNews | SourceFailed) -> None:
         """What a worker says beside the answers."""
@@ -306,8 +304,7 @@ class Dispatcher:
             request.numerics_class = self.fleet.workers[request.worker_id or ""].info.numerics_class
         request.accept(tokens)
         effects: list[RouterEffect] = [Deliver(tokens=tokens, path=tokens.path)]
-        if releases := self.recovery.accepted(request, len(tokens.token_ids)):
-            effects += _down(releases)
+        effects += _down(self.recovery.accepted(request, len(tokens.token_ids)))
         if not request.finished:
             return effects
         self.chooser.ended(now, request)
