@@ -37,7 +37,6 @@ WordArray = npt.NDArray[np.uint64]
 _LINK = struct.Struct("<Qii")
 _NOISE = struct.Struct("<QQII")
 _WORD_MASK = (1 << 64) - 1
-_UINT64 = np.dtype(np.uint64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +66,8 @@ class FakeModel:
     def chain(self, previous: int, tokens: Sequence[int], first_position: int) -> list[int]:
         """Chain values of `tokens` from `first_position` on, after the value `previous`."""
         digest, pack = xxhash.xxh3_64_intdigest, _LINK.pack
-        return [
-            previous := digest(pack(previous, token, position))
-            for position, token in enumerate(tokens, start=first_position)
-        ]
-
-    def link(self, previous: int, token: int, position: int) -> int:
-        """The chain value of one position, after the one before it."""
-        return xxhash.xxh3_64_intdigest(_LINK.pack(previous, token, position))
+        links = enumerate(tokens, start=first_position)
+        return [previous := digest(pack(previous, token, position)) for position, token in links]
 
     def choose(self, kv_digest: int, params: SamplingParams, seed: int, choice: int, n: int, num_outputs: int) -> int:
         """The token at position n. Only temperature, min_tokens and the stop ids of `params` matter."""
@@ -132,14 +125,14 @@ class FakeModel:
             outputs.append(token)
             if token in stop_ids and len(outputs) > params.min_tokens:
                 break
-            last = self.link(last, token, n)
+            last = xxhash.xxh3_64_intdigest(_LINK.pack(last, token, n))
             digest.update(pack(*[last * factor & _WORD_MASK for factor in odd]))  # as `spread`, without its arrays
         return outputs
 
 
 def spread(chain: Sequence[int], num_words: int) -> WordArray:
     """uint64 [n, num_words]: each position's chain value, once as it is and then by odd multiples (all invertible)."""
-    return np.array(chain, _UINT64)[:, None] * odd_multipliers(num_words)
+    return np.array(chain, dtype=np.uint64)[:, None] * odd_multipliers(num_words)
 
 
 @cache
@@ -156,12 +149,6 @@ class ArrayMemory:
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self.bytes6: ByteArray = np.zeros(layout.byte_shape, dtype=np.uint8)
-        self._flat = self.bytes6.data.cast("B")
-
-    def whole(self, block_id: int) -> memoryview:
-        """The bytes of one whole block, to be read and written: in a fraction of an array's time."""
-        start = block_id * self.layout.block_bytes
-        return self._flat[start : start + self.layout.block_bytes]
 
     def block(self, block_id: int) -> ByteArray:
         """uint8 [block_bytes], a view of one whole block."""
@@ -218,14 +205,7 @@ class FakeRunner:
         self._head_words = layout.head_dim // 8
         # uint64 [num_blocks, L * 2 * H, block_size, D / 8], a view
         self._pool = memory.bytes6.view(np.uint64).reshape(layout.num_blocks, -1, layout.block_size, self._head_words)
-        self._words = memory.bytes6.data.cast("B").cast("Q")  # all of it, flat: for single tokens
-        block_words, piece_words = layout.block_bytes // 8, layout.block_size * self._head_words
-        self._block_words = block_words
-        # of a block's first token: where its words lie, and their factors
-        self._token_layout = [
-            (index // self._head_words * piece_words + index % self._head_words, factor)
-            for index, factor in enumerate(odd_multipliers(self._token_words).tolist())
-        ]
+        self._odd2 = odd_multipliers(self._token_words).reshape(-1, self._head_words)  # [L * 2 * H, D / 8]
         self._max_blocks = layout.blocks_for(max_model_len)
         self._speed = speed
         self._sleep = sleep
@@ -290,20 +270,15 @@ class FakeRunner:
 
     def _value_before(self, row: _Row, position: int) -> int:
         """The chain value of the position before this one, as it lies in the pool."""
-        if not position:
-            return self.model.root
         block, offset = divmod(position - 1, self._block_size)
-        return self._words[row.table[block] * self._block_words + offset * self._head_words]
+        return self._pool.item(row.table[block], 0, offset, 0) if position else self.model.root
 
     def _write_token(self, row: _Row, position: int) -> None:
-        """What _write_kv does, for one token (every decode row of every step): without arrays in half the time."""
-        block, offset = divmod(position, self._block_size)
-        block_id = row.table[block]
+        """What _write_kv does, for one token: every decode row of every step comes here."""
+        block_id = row.table[position // self._block_size]
         assert block_id, f"row {row.start.row} writes into the null block"
-        value = self.model.link(self._value_before(row, position), row.tokens[position], position)
-        words, first = self._words, block_id * self._block_words + offset * self._head_words
-        for at, factor in self._token_layout:
-            words[first + at] = value * factor & _WORD_MASK
+        value = self.model.chain(self._value_before(row, position), (row.tokens[position],), position)[0]
+        self._pool[block_id, :, position % self._block_size] = self._odd2 * value
 
     def _write_kv(self, row: _Row, num_computed: int, query_len: int) -> None:
         """Block by block: plain slices take a fraction of what indexing by arrays of positions would."""

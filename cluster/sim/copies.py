@@ -31,7 +31,7 @@ def tokens_in_block(piece: Piece, index: int, layout: KVLayout) -> int:
 def payload(memory: ArrayMemory, piece: Piece) -> bytes:
     """What the gRPC connector puts into a piece: the bytes as they are now."""
     parts = [
-        _read(memory, block_id, tokens_in_block(piece, index, memory.layout))
+        memory.partial(block_id, tokens_in_block(piece, index, memory.layout)).tobytes()
         for index, block_id in enumerate(piece.block_ids)
     ]
     return b"".join(parts)
@@ -72,23 +72,14 @@ def land(
 
 def _parts(piece: Piece, copies: list[BlockCopy], layout: KVLayout, source: ArrayMemory | None) -> list[bytes]:
     if source is not None:
-        return [_read(source, piece.block_ids[copy.index], copy.num_tokens) for copy in copies]
+        return [source.partial(piece.block_ids[copy.index], copy.num_tokens).tobytes() for copy in copies]
     size = layout.block_bytes
     return [
         piece.payload[copy.index * size : copy.index * size + copy.num_tokens * layout.token_bytes] for copy in copies
     ]
 
 
-def _read(memory: ArrayMemory, block_id: int, num_tokens: int) -> bytes:
-    if num_tokens == memory.layout.block_size:
-        return bytes(memory.whole(block_id))
-    return memory.partial(block_id, num_tokens).tobytes()
-
-
 def _write(memory: ArrayMemory, copy: BlockCopy, part: bytes) -> None:
-    if copy.num_tokens == memory.layout.block_size:
-        memory.whole(copy.target)[: len(part)] = part
-        return
     view = memory.partial(copy.target, copy.num_tokens)
     if len(part) == view.size:
         view[...] = np.frombuffer(part, dtype=np.uint8).reshape(view.shape)

@@ -9,8 +9,7 @@ Block 0 is the null block: padded rows write to it and nothing ever reads it. To
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Literal
 
 KVDType = Literal["float32", "bfloat16", "float16", "uint8"]
@@ -34,12 +33,12 @@ class KVLayout:
         """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
         return (self.num_blocks, self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
 
-    @cached_property
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's K and V over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
 
-    @cached_property
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return self.token_bytes * self.block_size
@@ -79,4 +78,4 @@ class KVLayout:
         num_blocks = budget_bytes // one.block_bytes
         if num_blocks < 2:
             raise ValueError(f"kv_cache_bytes={budget_bytes} holds no block of {one.block_bytes} bytes")
-        return replace(one, num_blocks=num_blocks)
+        return cls(**{**one.__dict__, "num_blocks": num_blocks})
