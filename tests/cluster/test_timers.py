@@ -23,6 +23,18 @@ def test_deadlines_come_in_order_and_once() -> None:
     assert timers.due(3.0) == ["late"] and timers.next() is None
 
 
+def test_a_timer_passes_at_the_time_that_it_was_set_to_last() -> None:
+    timers: Timers[str] = Timers()
+    timers.set("moved", 1.0)
+    timers.set("moved", 5.0)
+    timers.set("other", 2.0)
+    assert timers.next() == 2.0 and timers.due(1.5) == []
+    assert timers.due(3.0) == ["other"] and timers.next() == 5.0
+    timers.set("moved", 4.0)
+    assert timers.next() == 4.0 and timers.due(4.5) == ["moved"]
+    assert timers.next() is None and timers.due(9.0) == []
+
+
 def test_silence_passes_when_we_ran_all_the_time() -> None:
     timers: Timers[str] = Timers()
     timers.watch("peer", 0.0, SILENCE_S)
