@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from cluster.registry.memory_registry import MemoryRegistry
 from cluster.types import WorkerInfo
@@ -61,7 +61,7 @@ def test_the_version_grows_only_when_the_answer_changes() -> None:
     version = registry.version
     registry.put(info(), ttl_s=5, now=1)
     assert registry.version == version
-    registry.put(dataclasses.replace(info(), state="draining"), ttl_s=5, now=1)
+    registry.put(structs.replace(info(), state="draining"), ttl_s=5, now=1)
     assert registry.version > version
 
 

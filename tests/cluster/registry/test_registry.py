@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from msgspec import structs
 from redis.asyncio import Redis
 
 from cluster.registry.connect import connect
@@ -56,7 +56,7 @@ def test_watchers_get_the_map_at_once_and_after_each_change(kind: str) -> None:
             await writer.put(INFO, 60_000)
             late = reader.watch()
             assert await until(early, bool) == await until(late, bool) == (INFO,)
-            switched = dataclasses.replace(INFO, epoch=2, role="decode")
+            switched = structs.replace(INFO, epoch=2, role="decode")
             await writer.put(switched, 60_000)
             assert await until(early, lambda m: m != (INFO,)) == (switched,)
             await writer.remove("prefill-0", "1" * 32)
@@ -77,12 +77,12 @@ def test_epochs_never_fall_and_former_incarnations_never_return(kind: str) -> No
             registry = keeper.client()
             told: list[tuple[str, int]] = []
             for letter, epoch in [("a", 2), ("a", 1), ("a", 3), ("b", 1), ("a", 9), ("b", 2), ("c", 1), ("b", 3)]:
-                await registry.put(dataclasses.replace(INFO, incarnation=letter * 32, epoch=epoch), 60_000)
+                await registry.put(structs.replace(INFO, incarnation=letter * 32, epoch=epoch), 60_000)
                 (info,) = await current(registry)
                 told.append((info.incarnation[0], info.epoch))
             assert told == [("a", 2), ("a", 2), ("a", 3), ("b", 1), ("b", 1), ("b", 2), ("c", 1), ("c", 1)]
             await registry.remove("prefill-0", "c" * 32)
-            await registry.put(dataclasses.replace(INFO, incarnation="c" * 32, epoch=9), 60_000)
+            await registry.put(structs.replace(INFO, incarnation="c" * 32, epoch=9), 60_000)
             assert await current(registry) == ()
             await registry.close()
 
@@ -93,7 +93,7 @@ def test_several_workers_come_by_id(kind: str) -> None:
     async def scenario() -> None:
         async with running(kind) as keeper:
             registry = keeper.client()
-            infos = [dataclasses.replace(INFO, worker_id=f"decode-{i}", incarnation=f"{i}" * 32) for i in range(5)]
+            infos = [structs.replace(INFO, worker_id=f"decode-{i}", incarnation=f"{i}" * 32) for i in range(5)]
             await asyncio.gather(*(registry.put(info, 60_000) for info in reversed(infos)))
             assert await current(registry) == tuple(infos)
             await registry.close()
