@@ -20,7 +20,9 @@ class Traffic:
     """Rates and means over `window_s`. Latencies are None where nothing was measured. `num_queued` is of now.
 
     `prompt_square_ratio` is the mean of the squared prompt lengths over the square of their mean: 1 for prompts that
-    are all of one length. Attention costs by the square.
+    are all of one length. Attention costs by the square. `mean_output_tokens` are the tokens that came out over the
+    answers that ended: those of running answers count too, so that longer ones show before they end. (Were lengths
+    exponential, it would be the maximum likelihood estimate from lifetimes of which some are cut short.)
     """
 
     window_s: float = 0.0
@@ -53,7 +55,6 @@ class _Slice:
     cached_tokens: int = 0
     output_tokens: int = 0
     num_ended: int = 0
-    ended_outputs: int = 0
 
 
 class TrafficWindow:
@@ -82,11 +83,9 @@ class TrafficWindow:
         """Tokens came out."""
         self._slice(now).output_tokens += num_tokens
 
-    def on_end(self, now: float, num_output_tokens: int, tpot_ms: float | None) -> None:
-        """An answer ended well, with so many tokens in all. tpot_ms: from its first to its last, per token after it."""
-        one = self._slice(now)
-        one.num_ended += 1
-        one.ended_outputs += num_output_tokens
+    def on_end(self, now: float, tpot_ms: float | None) -> None:
+        """An answer that had begun ended, well or not. tpot_ms: from first to last token, per token after the first."""
+        self._slice(now).num_ended += 1
         if tpot_ms is not None:
             self._tpot.append((now, tpot_ms))
 
@@ -99,8 +98,8 @@ class TrafficWindow:
         num = sum(one.num_requests for one in self._slices)
         prompts = sum(one.prompt_tokens for one in self._slices)
         squares = sum(one.prompt_squares for one in self._slices)
+        outputs = sum(one.output_tokens for one in self._slices)
         num_ended = sum(one.num_ended for one in self._slices)
-        ended_outputs = sum(one.ended_outputs for one in self._slices)
         ttft, tpot = (sorted(value for _, value in samples) for samples in (self._ttft, self._tpot))
         return Traffic(
             window_s=window_s,
@@ -108,9 +107,9 @@ class TrafficWindow:
             requests_per_s=num / window_s,
             prompt_tokens_per_s=prompts / window_s,
             cached_tokens_per_s=sum(one.cached_tokens for one in self._slices) / window_s,
-            output_tokens_per_s=sum(one.output_tokens for one in self._slices) / window_s,
+            output_tokens_per_s=outputs / window_s,
             mean_prompt_tokens=prompts / num if num else 0.0,
-            mean_output_tokens=ended_outputs / num_ended if num_ended else None,
+            mean_output_tokens=outputs / num_ended if num_ended else None,
             prompt_square_ratio=max(1.0, squares * num / prompts**2) if prompts else 1.0,
             ttft_p50_ms=quantile(ttft, 0.5),
             ttft_p90_ms=quantile(ttft, 0.9),

@@ -166,11 +166,11 @@ class Call:
         traffic.on_tokens(now, num_tokens)
 
     def _note_end(self, choice: int, num_tokens: int) -> None:
-        first, last = self._first_token_at.get(choice), self._last_token_at.get(choice)
+        first, last = self._first_token_at.pop(choice, None), self._last_token_at.get(choice)
         tpot_ms = None
         if first is not None and last is not None and num_tokens > 1:
             tpot_ms = (last - first) * 1000 / (num_tokens - 1)
-        self._context.traffic.on_end(self._context.clock(), num_tokens, tpot_ms)
+        self._context.traffic.on_end(self._context.clock(), tpot_ms)
 
     def _begun(self) -> None:
         if not self._has_begun:
@@ -265,6 +265,8 @@ class Call:
         self._cancel_all()
         self.inbox.close()
         now = self._context.clock()
+        for _ in self._first_token_at:  # begun, and never to end
+            self._context.traffic.on_end(now, None)
         self._context.admission.leave(now, self.plan.request_id)
         self._count_load()
         self._context.metrics.e2e.observe(now - self._started)

@@ -18,7 +18,7 @@ def filled(seconds: int, *, prompt: int = 100, each: int = 2) -> TrafficWindow:
             window.on_request(now, prompt)
             window.on_first_token(now, 50.0 + second, 40)
             window.on_tokens(now, 11)
-            window.on_end(now, 11, 10.0)
+            window.on_end(now, 10.0)
     return window
 
 
@@ -38,6 +38,16 @@ def test_a_young_window_is_as_long_as_it_has_lasted_and_an_old_one_forgets() -> 
     gone = filled(4).traffic(1100.0, num_queued=7)
     assert (gone.num_requests, gone.mean_output_tokens, gone.ttft_p90_ms, gone.num_queued) == (0, None, None, 7)
     assert TrafficWindow().traffic(5.0) == Traffic()
+
+
+def test_answers_that_have_become_longer_show_before_they_end() -> None:
+    window = filled(20)  # two answers a second, of 11 tokens
+    for second in range(1020, 1030):
+        window.on_tokens(float(second), 2 * 60 * (second - 1019))  # each second two more that run on, at 60 tokens/s
+    traffic = window.traffic(1029.9)
+    assert traffic.mean_output_tokens == pytest.approx((10 * 2 * 11 + 2 * 60 * 55) / 20)
+    window.on_end(1029.9, None)
+    assert window.traffic(1029.9).mean_output_tokens == pytest.approx((10 * 2 * 11 + 2 * 60 * 55) / 21)
 
 
 def test_unequal_prompts_show_in_the_ratio_of_squares() -> None:

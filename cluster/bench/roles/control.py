@@ -39,7 +39,7 @@ class Control:
         self._every = max(1, round(self.spec.interval_s / setting.heartbeat_s))
         self._call_s = setting.switch.call_ms / 1000
         self._beats = 0
-        self._queued = 0
+        self._generated = 0
         self._infos = [
             WorkerInfo(
                 worker_id=f"worker-{index:04d}",
@@ -69,8 +69,7 @@ class Control:
     def on_end(self, now: float, job: Job) -> None:
         """See Watcher."""
         tpot_ms = (now - job.first_at) * 1000 / (job.outputs - 1) if job.outputs > 1 else None
-        self.window.traffic.on_tokens(now, job.outputs)
-        self.window.traffic.on_end(now, job.outputs, tpot_ms)
+        self.window.traffic.on_end(now, tpot_ms)
 
     # ---- what workers tell
 
@@ -97,6 +96,9 @@ class Control:
                 context_tokens=machine.context,
             )
             self.window.on_worker(now, info, load)
+        generated = sum(machine.generated(now) for machine in cluster.machines)
+        self.window.traffic.on_tokens(now, generated - self._generated)
+        self._generated = generated
         self._beats += 1
         if self._beats % self._every:
             return

@@ -94,6 +94,7 @@ class Machine:
         self.context = 0  # keys that the rows see
         self.num_own = 0  # seats of prompts that it computes for itself
         self.reserved = 0  # tokens of KV
+        self._generated = 0
         self.giving = False
         self._rows: list[tuple[int, int, Job]] = []  # (step after which it ends, order, request)
         self._joining: list[Job] = []
@@ -169,6 +170,11 @@ class Machine:
         """Of prompts to be computed here."""
         return sum(job.left for job in self.prefills) + sum(job.left for job in self.waiting)
 
+    def generated(self, now: float) -> int:
+        """Tokens of answers so far, those of the steps under way too."""
+        under_way = min(self._run, self._steps_within((now - self._began) * 1000)) if self._run > 1 else 0
+        return self._generated + under_way * len(self._rows)
+
     # ---- steps
 
     def ended(self, now: float, version: int) -> None:
@@ -184,6 +190,7 @@ class Machine:
         rows = self._rows
         self._steps += self._run
         self.context += self._run * len(rows)
+        self._generated += self._run * len(rows)
         self._run = 0
         chunks, self._chunks = self._chunks, []
         for job in self._joining:
@@ -209,6 +216,7 @@ class Machine:
             return
         self.num_own -= 1
         job.produced += 1
+        self._generated += 1
         self._listener.first_token(now, job)
         if job.produced < job.outputs:
             self._push(job)

@@ -122,6 +122,7 @@ def test_changes_of_roles_under_load_lose_no_request() -> None:
     assert [machine.role for machine in model.machines] == ["decode", "prefill", "decode", "prefill", "decode"]
     for machine in model.machines:
         assert machine.idle and not machine.reserved and not machine.context
+    assert sum(machine.generated(jobs[-1].end_at) for machine in model.machines) == sum(job.outputs for job in jobs)
 
 
 def test_a_change_that_cannot_end_is_rolled_back() -> None:
