@@ -31,6 +31,7 @@ from cluster.bench.roles.model import ClusterModel
 from cluster.bench.roles.setting import Phase, Setting, ideal_rate, replayed_load, shifting_load
 from cluster.control.planner import Planner
 from cluster.spec import RolesSpec
+from cluster.worker.lifeline import die_with_parent
 
 Mode = Literal["static", "colocated", "dynamic"]
 SWEEP_PHASE_S = 300.0
@@ -154,7 +155,8 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
         spec=options.spec,
         traces=options.traces,
     )
-    with ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, spawn, initializer=die_with_parent) as pool:
         once = replace(base, setting=replace(setting, rounds=1, phase_s=min(SWEEP_PHASE_S, setting.phase_s)))
         swept = list(pool.map(run_case, [*_splits(once), *_chunks(once)]))
         static = [one for one in swept if one["mode"] == "static"]
