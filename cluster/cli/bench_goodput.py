@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cluster.bench.roles.compare import CompareOptions, compare, on_machines, planner_ms
 from cluster.bench.roles.figures import Requests
+from cluster.bench.roles.loads import compare_loads
 from cluster.bench.roles.processes import ProcessOptions, bench_processes
 from cluster.bench.roles.setting import load_setting
 from cluster.bench.workload import read_trace
@@ -36,6 +37,7 @@ def roles(
     trace_b: Annotated[Path | None, typer.Option(help="Replay this trace in the others.")] = None,
     variants: Annotated[bool, typer.Option(help="Also loads that don't suit changing roles.")] = True,
     processes: Annotated[bool, typer.Option(help="Real workers (sleeping fakes) in place of the model.")] = False,
+    loads: Annotated[bool, typer.Option(help="Instead: static splits and changing roles, load by load.")] = False,
     seed: Annotated[int, typer.Option(help="Of the first load.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")] = None,
 ) -> None:
@@ -56,6 +58,9 @@ def roles(
         setting = load_setting()
         if machines:
             setting = on_machines(setting, machines)
+        if loads:
+            _roles_by_load(compare_loads(setting, workers, seed=seed), json)
+            return
         figures = compare(replace(setting, rounds=rounds or setting.rounds), options)
     except (OSError, ValueError) as error:
         raise failed(str(error)) from error
@@ -72,6 +77,24 @@ def roles(
         f"The planner decides for {_PLANNED_WORKERS} workers in {decisions['min']:.1f} ms at best, "
         f"{decisions['median']:.1f} ms in the median; {decisions['cpu']:.1f} ms of CPU time each."
     )
+
+
+def _roles_by_load(figures: dict[str, Any], json: Path | None) -> None:
+    write_json(json, figures)
+    title = f"neap bench roles --loads: {figures['workers']} workers, shares that keep the targets, one seed; "
+    table = Table(title=f"{title}the best of splits {figures['splits']} by each", title_justify="left")
+    keys = ("requests", "tokens", "worst_phase")
+    table.add_column("load")
+    for name in (*(f"{way}, {key}" for way in ("static", "dynamic") for key in keys), "ratios", "changes"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in figures["rows"]:
+        shares = (f"{row[way][key]:.1%}" for way in ("static", "dynamic") for key in keys)
+        ratios = " / ".join(f"{ratio:.2f}" for ratio in row["ratio"].values())
+        table.add_row(f"{row['load']:.0%}", *shares, ratios, str(row["changes"]))
+    console = bench_console()
+    console.print(table)
+    kept = {way: "no load" if load is None else f"{load:.0%}" for way, load in figures["keeps"].items()}
+    console.print(f"Nine of ten of either phase: static up to {kept['static']}, dynamic up to {kept['dynamic']}.")
 
 
 def _roles_of_processes(options: ProcessOptions, json: Path | None) -> None:

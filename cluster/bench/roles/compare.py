@@ -28,7 +28,7 @@ from cluster.bench.roles.control import Control
 from cluster.bench.roles.figures import Requests, load_figures
 from cluster.bench.roles.machine import Job
 from cluster.bench.roles.model import ClusterModel
-from cluster.bench.roles.setting import Phase, Setting, ideal_rate, replayed_load, shifting_load
+from cluster.bench.roles.setting import Phase, Setting, ideal_of, ideal_rate, replayed_load, shifting_load
 from cluster.control.planner import Planner
 from cluster.spec import RolesSpec
 from cluster.worker.lifeline import die_with_parent
@@ -180,7 +180,7 @@ def compare(setting: Setting, options: CompareOptions) -> dict[str, Any]:
         "roles": msgspec.to_builtins(options.spec or RolesSpec()),
         "hardware": setting.machines,
         "targets": {"ttft_ms": setting.ttft_ms, "tpot_ms": setting.tpot_ms},
-        "ideal": {phase.trace: _ideal(setting, number) for number, phase in enumerate(setting.phases)},
+        "ideal": {phase.trace: ideal_of(setting, number) for number, phase in enumerate(setting.phases)},
         "best_split": best,
         "tokens_split": by_tokens,
         "chunk_ms": chunk_ms["chunk_ms"],
@@ -204,7 +204,7 @@ def _splits(case: Case) -> list[Case]:
     low = 1
     if step > 1:
         low = int(
-            min(_ideal(case.setting, number)["prefill_share"] for number in range(len(case.setting.phases))) * num
+            min(ideal_of(case.setting, number)["prefill_share"] for number in range(len(case.setting.phases))) * num
         )
     return [replace(case, split=split) for split in range(max(1, low - step), num, step)]
 
@@ -212,13 +212,6 @@ def _splits(case: Case) -> list[Case]:
 def _chunks(case: Case) -> list[Case]:
     target = case.setting.tpot_ms
     return [replace(case, mode="colocated", chunk_ms=round(factor * target, 1)) for factor in CHUNK_MS]
-
-
-def _ideal(setting: Setting, number: int) -> dict[str, float]:
-    phase = setting.phases[number]
-    alone = replace(setting, phases=(phase,), phase_s=4000 / phase.rate, rounds=1)
-    rate, share = ideal_rate(setting, shifting_load(alone, load_figures(), 1, 0))
-    return {"load": round(phase.rate / rate, 3), "prefill_share": round(share, 3)}
 
 
 def _summed(runs: list[dict[str, Any]]) -> dict[str, Any]:

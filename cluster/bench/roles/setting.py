@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.bench.roles.figures import Requests, TraceFigures
+from cluster.bench.roles.figures import Requests, TraceFigures, load_figures
 from engine.scheduler.profile import Profile
 
 FILE = Path(__file__).parent / "roles.json"
@@ -215,3 +215,11 @@ def ideal_rate(setting: Setting, requests: Requests) -> tuple[float, float]:
     decode_ms = outputs * profile.decode_step_ms(rows, rows * context) / rows
     total_ms = prefill_ms + decode_ms
     return 1000.0 / total_ms, prefill_ms / total_ms
+
+
+def ideal_of(setting: Setting, number: int) -> dict[str, float]:
+    """The load of a phase, over what the workers could do (ideal_rate), and the share of them that should prefill."""
+    phase = setting.phases[number]
+    alone = replace(setting, phases=(phase,), phase_s=4000 / phase.rate, rounds=1)
+    rate, share = ideal_rate(setting, shifting_load(alone, load_figures(), 1, 0))
+    return {"load": round(phase.rate / rate, 3), "prefill_share": round(share, 3)}
