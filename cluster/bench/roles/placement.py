@@ -153,15 +153,18 @@ class Placer:
         best_cost, chosen, is_alone = math.inf, near[0], True
         for one in near:
             own_ms = one.tpot_ms * more + one.slows_ms
-            first_ms, work_ms = self._alone_ms(now, one, job)
-            cost_ms = own_ms + one.wait_ms(0.0) + first_ms + one.running * work_ms
-            if cost_ms < best_cost:
-                best_cost, chosen, is_alone = cost_ms, one, True
+            if one.running < self._most[one.worker]:
+                first_ms, work_ms = self._alone_ms(now, one, job)
+                cost_ms = own_ms + one.wait_ms(0.0) + first_ms + one.running * work_ms
+                if cost_ms < best_cost:
+                    best_cost, chosen, is_alone = cost_ms, one, True
             if source is not None:
                 wait_ms = one.wait_ms(source.ready_ms)
                 cost_ms = own_ms + wait_ms + source.ready_ms + one.step_ms + one.tpot_ms + overhead_ms
                 if cost_ms < best_cost:
                     best_cost, chosen, is_alone = cost_ms, one, False
+        if best_cost == math.inf:
+            return None
         return self._placed(now, chosen, job, None if is_alone else source)
 
     def _nearest(self, index: Indices, job: Job, num_outputs: float) -> list[_Decoder]:
