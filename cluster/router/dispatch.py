@@ -227,12 +227,12 @@ class Dispatcher:
         effects: list[RouterEffect] = []
         if not (self._waiting.requests or self._waiting_again.requests):
             return effects  # most often: every heartbeat and every entry of every worker asks
-        usable = self.fleet.decoders()
+        usable, has_source = self.fleet.decoders(), self.fleet.has_source()
         for line in (self._waiting_again, self._waiting):
             for request in line.in_order():
                 if request.retry_at > now:
                     continue  # it waits for its own time and holds nobody up
-                decoders = [worker for worker in usable if worker.has_room]
+                decoders = [one for one in usable if one.has_room(pulls=has_source or line is self._waiting_again)]
                 if not decoders:
                     return effects
                 allowed = self.recovery.allowed(request, decoders)

@@ -53,10 +53,10 @@ class Worker:
         """Choices that it decodes, ours and others'."""
         return self.num_sequences + self.others_sequences
 
-    @property
-    def has_room(self) -> bool:
-        """Whether it takes another choice."""
-        return self.num_sequences + self.others_sequences < self.capacity
+    def has_room(self, *, pulls: bool) -> bool:
+        """Whether it takes another choice. One whose KV it doesn't pull wants a row of its batch at once."""
+        most = self.capacity if pulls else self.info.max_num_seqs
+        return self.num_sequences + self.others_sequences < most
 
     def view(self, now: float, *, cached_tokens: int = 0, avoid: frozenset[str] = frozenset()) -> WorkerView:
         """Its load now. The rest is known of one request or one pair only."""
@@ -154,6 +154,10 @@ class Fleet:
             and worker.info.identity == decoder.identity
             and worker.info.kv_fingerprint == decoder.kv_fingerprint
         ]
+
+    def has_source(self) -> bool:
+        """Whether anybody is there to prefill for others."""
+        return any(worker.info.role == "prefill" and worker.usable for worker in self.workers.values())
 
     def assign(
         self, now: float, request_id: str, decoder: str, num_choices: int, num_tokens: int, prefiller: str, work: Work

@@ -89,6 +89,7 @@ class SourceCosts:
         cached = min(view.cached_tokens, wanted)
         computed = wanted - cached
         self.worker_id = view.info.worker_id
+        self.cached_tokens = cached
         self.queue_ms = view.backlog_ms
         self.compute_ms = view.scales[0] * profile.prefill_ms(computed, cached)
         self.ready_ms = self.queue_ms + self.compute_ms

@@ -27,6 +27,11 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     avoid: frozenset[str] = frozenset()  # as decode worker: sources that failed it lately
     rates: dict[str, PeerRate] = {}  # as source: by receiver
 
+    @property
+    def has_row(self) -> bool:
+        """As decode worker: whether a row of its batch is left for one more choice."""
+        return self.num_sequences < self.info.max_num_seqs
+
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """What a placement may depend on. `turn` counts placements of this router.

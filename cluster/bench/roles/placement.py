@@ -138,7 +138,8 @@ class Placer:
 
         `source_is_given`: its KV is held by the worker that gives it away, so only who decodes is to be chosen.
         """
-        index = self.decoders[self.sequences[self.decoders] < self._capacity[self.decoders]]
+        most = self._capacity if source_is_given or len(self.sources) else self._most
+        index = self.decoders[self.sequences[self.decoders] < most[self.decoders]]
         if not len(index):
             return None
         num_outputs = min(float(job.asked), self.accuracy.mean_outputs)
@@ -153,7 +154,7 @@ class Placer:
         best_cost, chosen, is_alone = math.inf, near[0], True
         for one in near:
             own_ms = one.tpot_ms * more + one.slows_ms
-            if one.running < self._most[one.worker]:
+            if source is None or one.running < self._most[one.worker]:
                 first_ms, work_ms = self._alone_ms(now, one, job)
                 cost_ms = own_ms + one.wait_ms(0.0) + first_ms + one.running * work_ms
                 if cost_ms < best_cost:
@@ -163,8 +164,6 @@ class Placer:
                 cost_ms = own_ms + wait_ms + source.ready_ms + one.step_ms + one.tpot_ms + overhead_ms
                 if cost_ms < best_cost:
                     best_cost, chosen, is_alone = cost_ms, one, False
-        if best_cost == math.inf:
-            return None
         return self._placed(now, chosen, job, None if is_alone else source)
 
     def _nearest(self, index: Indices, job: Job, num_outputs: float) -> list[_Decoder]:

@@ -35,9 +35,12 @@ class Predicted:
         scored: list[tuple[float, float, Prediction, WorkerView]] = []
         for view, costs in _nearest([(view, DecodeCosts(request, view)) for view in decode], rng):
             usable = [source for source in sources if source.worker_id not in view.avoid] if view.avoid else sources
-            options = [predictor.alone(view, costs)] if request.may_be_alone or not usable else []
-            if usable:
-                options.append(predictor.remote(view, costs, _soonest(view, usable)))
+            soonest = _soonest(view, usable) if usable else None
+            options = []
+            if soonest is None or (request.may_be_alone and _may_compute(view, soonest)):
+                options.append(predictor.alone(view, costs))
+            if soonest is not None:
+                options.append(predictor.remote(view, costs, soonest))
             scored += [(option.cost_ms, rng.random(), option, view) for option in options]
         scored.sort(key=lambda one: one[:2])
         _, _, best_one, chosen = scored[0]
@@ -54,6 +57,14 @@ class Predicted:
             why="the least predicted cost: its own time to the end, and what it costs others",
             considered=tuple(option for _, _, option, _ in scored[:MAX_CONSIDERED]),
         )
+
+
+def _may_compute(decode: WorkerView, source: SourceCosts) -> bool:
+    """Whether it may compute the prompt itself: prompt after prompt behind a full batch slows all rows beyond measure.
+
+    Each of them alone may look cheaper than a queue elsewhere. What it holds more of than the source is no such prompt.
+    """
+    return decode.has_row or decode.cached_tokens > source.cached_tokens
 
 
 def _nearest(decode: list[tuple[WorkerView, DecodeCosts]], rng: Random) -> list[tuple[WorkerView, DecodeCosts]]:

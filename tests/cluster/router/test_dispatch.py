@@ -188,7 +188,7 @@ def test_a_cancel_aborts_and_says_nothing_more() -> None:
 
 
 def test_requests_wait_in_order_while_every_decode_worker_is_full() -> None:
-    d = dispatcher("d1")
+    d = dispatcher("d1", "p1")
     placed = [len(to(d.on_submit(0.0, submit(f"r{i}")))) for i in range(11)]
     assert placed == [1] * 8 + [0] * 3, "a batch of 4, and 4 whose prompts are computed meanwhile"
     ((_, dispatch),) = to(say(d, tokens(0, 5, finish=True, rid="r3")))
@@ -197,8 +197,17 @@ def test_requests_wait_in_order_while_every_decode_worker_is_full() -> None:
     assert dispatch.request_id == "r9"
 
 
-def test_what_others_run_there_counts_too() -> None:
+def test_where_nobody_prefills_for_others_requests_wait_for_a_row_where_they_can_still_go_elsewhere() -> None:
     d = dispatcher("d1")
+    placed = [len(to(d.on_submit(0.0, submit(f"r{i}")))) for i in range(6)]
+    assert placed == [1] * 4 + [0] * 2
+    ((_, dispatch),) = to(say(d, tokens(0, 5, finish=True, rid="r3")))
+    assert dispatch.request_id == "r4"
+    assert [worker for worker, _ in to(d.on_worker_up(1.0, info("d2")))] == ["d2"]
+
+
+def test_what_others_run_there_counts_too() -> None:
+    d = dispatcher("d1", "p1")
     d.on_submit(0.0, submit("mine"))
     d.on_heartbeat(0.5, Heartbeat(info=info("d1"), load=Load(num_running=4, num_waiting=2, num_pulling=2)))
     assert to(d.on_submit(0.6, submit("next"))) == []

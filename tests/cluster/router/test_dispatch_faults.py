@@ -232,14 +232,14 @@ def test_a_long_idle_engine_is_not_hung() -> None:
 
 def test_many_that_lose_their_worker_come_back_before_new_ones_and_spread_out() -> None:
     d = Dispatcher(policy_named("least-loaded"), Random(3))
-    d.on_worker_up(0.0, info("d1"))
+    d.on_worker_up(0.0, info("d1", max_num_seqs=8))
     request = Submit(request_id="", prompt=bytes(8), params=SamplingParams(max_tokens=8), seeds=(1,), deadline=1000.0)
     for i in range(4):
         d.on_submit(0.0, replace(request, request_id=f"old{i}"))
     d.on_worker_down(1.0, "d1")
     d.on_submit(1.0, replace(request, request_id="new"))
     times: dict[str, float] = {}
-    effects = d.on_worker_up(1.2, info("d1", incarnation="new"))
+    effects = d.on_worker_up(1.2, info("d1", incarnation="new", max_num_seqs=8))
     now = 1.2
     while len(times) < 5 and now < 3:
         waiting = list(effects)

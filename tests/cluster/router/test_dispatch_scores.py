@@ -91,7 +91,7 @@ def test_missing_positions_end_the_request() -> None:
 
 
 def test_whoever_waits_is_placed_by_priority() -> None:
-    d = dispatcher(info("d1", max_num_seqs=2))  # room for four
+    d = dispatcher(info("d1", max_num_seqs=4))
     plain = SamplingParams(max_tokens=8)
     for index in range(4):
         assert dispatches(d.on_submit(1.0, submit(f"first-{index}", params=plain)))

@@ -142,6 +142,18 @@ def test_what_is_cached_at_the_decode_worker_moves_the_break_even() -> None:
     assert not alone(0) and alone(990)
 
 
+def test_behind_a_full_batch_only_what_the_decode_worker_holds_more_of_is_computed_there() -> None:
+    """One short prompt looks cheap there beside the queue of the source; with each of many, all rows get slower."""
+    prefill = [worker("p1", backlog_ms=9000.0, cached_tokens=16, rates=rate("d1"))]
+
+    def alone(num_sequences: int, cached: int) -> bool:
+        decode = [worker("d1", max_num_seqs=8, num_sequences=num_sequences, cached_tokens=cached)]
+        return place("predicted", decode, prefill, asked=request(40)).alone
+
+    assert alone(7, 0) and alone(9, 32)
+    assert not alone(8, 0) and not alone(9, 16)
+
+
 def test_running_requests_are_not_held_up_for_a_long_prompt() -> None:
     prefill = [worker("p1", rates=rate("d1"))]
     idle, busy = [worker("d1")], [worker("d1", num_sequences=6)]
