@@ -17,7 +17,7 @@ from cluster.bench.roles.setting import Setting, ideal_of
 from cluster.spec import RolesSpec
 from cluster.worker.lifeline import die_with_parent
 
-LOADS = (0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+LOADS = (0.6, 0.7, 0.8, 0.85, 0.9)
 KEPT = 0.9
 NUM_SPLITS = 5
 
