@@ -20,9 +20,8 @@ class Traffic:
     """Rates and means over `window_s`. Latencies are None where nothing was measured. `num_queued` is of now.
 
     `prompt_square_ratio` is the mean of the squared prompt lengths over the square of their mean: 1 for prompts that
-    are all of one length. Attention costs by the square. `mean_output_tokens` are the tokens that came out over the
-    answers that ended: those of running answers count too, so that longer ones show before they end. (Were lengths
-    exponential, it would be the maximum likelihood estimate from lifetimes of which some are cut short.)
+    are all of one length. Attention costs by the square. `mean_output_tokens` is the mean of the answers that ended, or
+    more if those that run say so (_mean_outputs).
     """
 
     window_s: float = 0.0
@@ -55,6 +54,7 @@ class _Slice:
     cached_tokens: int = 0
     output_tokens: int = 0
     num_ended: int = 0
+    ended_outputs: int = 0
 
 
 class TrafficWindow:
@@ -66,6 +66,8 @@ class TrafficWindow:
         self._ttft: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._tpot: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
         self._since: float | None = None
+        self._num_running = 0
+        self._running_outputs = 0
 
     def on_request(self, now: float, num_prompt_tokens: int) -> None:
         """A request came, whether it is let in or not."""
@@ -79,13 +81,25 @@ class TrafficWindow:
         self._slice(now).cached_tokens += num_cached_tokens
         self._ttft.append((now, ttft_ms))
 
+    def on_begin(self) -> None:
+        """A choice begins: `on_tokens` follow, and one `on_end`."""
+        self._num_running += 1
+
     def on_tokens(self, now: float, num_tokens: int) -> None:
         """Tokens came out."""
         self._slice(now).output_tokens += num_tokens
+        self._running_outputs += num_tokens
 
-    def on_end(self, now: float, tpot_ms: float | None) -> None:
-        """An answer that had begun ended, well or not. tpot_ms: from first to last token, per token after the first."""
-        self._slice(now).num_ended += 1
+    def on_end(self, now: float, num_tokens: int, tpot_ms: float | None) -> None:
+        """A choice that had begun ended, well or not, with as many tokens as `on_tokens` was told of it.
+
+        tpot_ms: from its first to its last token, per token after the first; None if it has none.
+        """
+        one = self._slice(now)
+        one.num_ended += 1
+        one.ended_outputs += num_tokens
+        self._num_running -= 1
+        self._running_outputs -= num_tokens
         if tpot_ms is not None:
             self._tpot.append((now, tpot_ms))
 
@@ -99,7 +113,6 @@ class TrafficWindow:
         prompts = sum(one.prompt_tokens for one in self._slices)
         squares = sum(one.prompt_squares for one in self._slices)
         outputs = sum(one.output_tokens for one in self._slices)
-        num_ended = sum(one.num_ended for one in self._slices)
         ttft, tpot = (sorted(value for _, value in samples) for samples in (self._ttft, self._tpot))
         return Traffic(
             window_s=window_s,
@@ -109,7 +122,7 @@ class TrafficWindow:
             cached_tokens_per_s=sum(one.cached_tokens for one in self._slices) / window_s,
             output_tokens_per_s=outputs / window_s,
             mean_prompt_tokens=prompts / num if num else 0.0,
-            mean_output_tokens=outputs / num_ended if num_ended else None,
+            mean_output_tokens=self._mean_outputs(outputs),
             prompt_square_ratio=max(1.0, squares * num / prompts**2) if prompts else 1.0,
             ttft_p50_ms=quantile(ttft, 0.5),
             ttft_p90_ms=quantile(ttft, 0.9),
@@ -117,6 +130,21 @@ class TrafficWindow:
             tpot_p90_ms=quantile(tpot, 0.9),
             num_queued=num_queued,
         )
+
+    def _mean_outputs(self, outputs: int) -> float | None:
+        """Answers that have become longer show while they run. None while nothing has ended.
+
+        What came out over what ended would be the mean if lengths were exponential (maximum likelihood, lifetimes cut
+        short counted with what they have). Of other lengths it says far too much while few have ended: so no more than
+        twice what those that run have, whose mean age is half their length at the least.
+        """
+        num_ended = sum(one.num_ended for one in self._slices)
+        if not num_ended:
+            return None
+        mean = sum(one.ended_outputs for one in self._slices) / num_ended
+        if self._num_running:
+            mean = max(mean, min(outputs / num_ended, 2 * self._running_outputs / self._num_running))
+        return mean
 
     def _slice(self, now: float) -> _Slice:
         if self._since is None:

@@ -17,8 +17,9 @@ def filled(seconds: int, *, prompt: int = 100, each: int = 2) -> TrafficWindow:
             now = 1000.0 + second
             window.on_request(now, prompt)
             window.on_first_token(now, 50.0 + second, 40)
+            window.on_begin()
             window.on_tokens(now, 11)
-            window.on_end(now, 10.0)
+            window.on_end(now, 11, 10.0)
     return window
 
 
@@ -42,12 +43,19 @@ def test_a_young_window_is_as_long_as_it_has_lasted_and_an_old_one_forgets() -> 
 
 def test_answers_that_have_become_longer_show_before_they_end() -> None:
     window = filled(20)  # two answers a second, of 11 tokens
-    for second in range(1020, 1030):
-        window.on_tokens(float(second), 2 * 60 * (second - 1019))  # each second two more that run on, at 60 tokens/s
-    traffic = window.traffic(1029.9)
-    assert traffic.mean_output_tokens == pytest.approx((10 * 2 * 11 + 2 * 60 * 55) / 20)
-    window.on_end(1029.9, None)
-    assert window.traffic(1029.9).mean_output_tokens == pytest.approx((10 * 2 * 11 + 2 * 60 * 55) / 21)
+    seen = []
+    for second in range(1020, 1035):
+        for _ in range(2):
+            window.on_begin()
+        window.on_tokens(float(second), 2 * 60 * (second - 1019))  # all of them go on, at 60 tokens/s
+        seen.append(window.traffic(second + 0.9).mean_output_tokens or 0.0)
+    assert seen == sorted(seen) and seen[0] > 11.0
+    assert seen[9] == pytest.approx((10 * 2 * 11 + 2 * 60 * 55) / 20), "what came out over what ended"
+    assert seen[-1] == pytest.approx(2 * 60 * 8), "twice what those have that run: 60 to 900 tokens"
+    for second in range(1035, 1050):
+        for _ in range(2):
+            window.on_end(float(second), 900, None)
+    assert window.traffic(1050.0).mean_output_tokens == pytest.approx(900.0)
 
 
 def test_unequal_prompts_show_in_the_ratio_of_squares() -> None:

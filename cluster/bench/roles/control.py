@@ -65,11 +65,12 @@ class Control:
     def on_first_token(self, now: float, job: Job) -> None:
         """See Watcher."""
         self.window.traffic.on_first_token(now, (now - job.at) * 1000)
+        self.window.traffic.on_begin()
 
     def on_end(self, now: float, job: Job) -> None:
         """See Watcher."""
         tpot_ms = (now - job.first_at) * 1000 / (job.outputs - 1) if job.outputs > 1 else None
-        self.window.traffic.on_end(now, tpot_ms)
+        self.window.traffic.on_end(now, job.outputs, tpot_ms)
 
     # ---- what workers tell
 
