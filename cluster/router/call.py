@@ -80,7 +80,7 @@ class Call:
         self._cached: list[int | None] = [None] * len(plan.prompts)
         self._prompts = _PromptParts(plan) if plan.shows_prompt else None
         self._first_token_at: dict[int, float] = {}
-        self._num_running: dict[int, int] = {}  # by choice that has begun and not ended: tokens
+        self._running_tokens: dict[int, int] = {}  # by choice that has begun and not ended
         self._last_token_at: dict[int, float] = {}
         self._expired = False
         self._admitted = False
@@ -162,12 +162,12 @@ class Call:
             metrics.itl.observe((now - self._last_token_at[choice]) / num_tokens, num_tokens)
         else:
             self._first_token_at[choice] = now
-            self._num_running[choice] = 0
+            self._running_tokens[choice] = 0
             traffic.on_begin()
         self._last_token_at[choice] = now
         metrics.generation_tokens.inc(num_tokens)
-        if choice in self._num_running:
-            self._num_running[choice] += num_tokens
+        if choice in self._running_tokens:
+            self._running_tokens[choice] += num_tokens
             traffic.on_tokens(now, num_tokens)
 
     def _note_end(self, choice: int, num_tokens: int) -> None:
@@ -175,8 +175,8 @@ class Call:
         tpot_ms = None
         if first is not None and last is not None and num_tokens > 1:
             tpot_ms = (last - first) * 1000 / (num_tokens - 1)
-        if choice in self._num_running:
-            self._context.traffic.on_end(self._context.clock(), self._num_running.pop(choice), tpot_ms)
+        if choice in self._running_tokens:
+            self._context.traffic.on_end(self._context.clock(), self._running_tokens.pop(choice), tpot_ms)
 
     def _begun(self) -> None:
         if not self._has_begun:
@@ -271,7 +271,7 @@ class Call:
         self._cancel_all()
         self.inbox.close()
         now = self._context.clock()
-        for num_tokens in self._num_running.values():  # begun, and never to end
+        for num_tokens in self._running_tokens.values():  # begun, and never to end
             self._context.traffic.on_end(now, num_tokens, None)
         self._context.admission.leave(now, self.plan.request_id)
         self._count_load()
